@@ -1,0 +1,211 @@
+"""A policy is data: an ordered list of rules that gives each site a format. The last rule that matches wins.
+
+As text, `str(Policy.parse(s)) == s` for the canonical spelling:
+
+    bf16
+    bf16; head:*=float32; blocks.0.*:input=float32
+    fp16; loss_scale=1024
+
+As TOML:
+
+    recipe = "bf16"
+    [[rule]]
+    site = "head:*"
+    format = "float32"
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import tomli_w
+
+from mezzo.errors import ConfigError
+from mezzo.formats import Format
+from mezzo.policy.recipes import RECIPES, Recipe
+from mezzo.policy.rule import Rule
+from mezzo.policy.scale import LossScaling
+from mezzo.policy.site import Site
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Rules on top of a named recipe, and how the loss is scaled.
+
+    recipe        a name of `mezzo.policy.RECIPES`; its rules come before `rules`
+    rules         later rules win over earlier ones
+    loss_scaling  None means that the loss is not scaled
+    """
+
+    recipe: str = "fp32"
+    rules: tuple[Rule, ...] = ()
+    loss_scaling: LossScaling | None = None
+
+    def __post_init__(self) -> None:
+        _recipe(self.recipe)
+        seen: set[str] = set()
+        for rule in self.rules:
+            if rule.site in seen:
+                raise ConfigError(f"the policy has two rules for {rule.site!r}; keep one")
+            seen.add(rule.site)
+
+    @classmethod
+    def of(cls, policy: str | Policy) -> Policy:
+        """The policy itself, or the one that a string means."""
+        return policy if isinstance(policy, Policy) else cls.parse(policy)
+
+    @classmethod
+    def parse(cls, text: str) -> Policy:
+        """Read `recipe; site=format; …; loss_scale=dynamic|none|NUMBER`.
+
+        raises    ConfigError on an unknown recipe, role, format or key, and on a key given twice
+        """
+        name, *rest = (part.strip() for part in text.split(";"))
+        data: dict[str, Any] = {"recipe": name}
+        rows: list[dict[str, str]] = []
+        scale: dict[str, Any] = {}
+        for part in rest:
+            key, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals:
+                raise ConfigError(f"expected SITE=FORMAT or loss_scale=…, got {part!r} in policy {text!r}")
+            if key.partition(".")[0] == "loss_scale":
+                if key in scale:
+                    raise ConfigError(f"{key} is given twice in policy {text!r}")
+                scale[key] = value
+            elif ":" in key:
+                rows.append({"site": key, "format": value})
+            else:
+                raise ConfigError(
+                    f"unknown key {key!r} in policy {text!r}; known: loss_scale, loss_scale.FIELD, PATH:ROLE"
+                )
+        if scale:
+            data["loss_scale"] = _scale_from_text(scale)
+        return cls.from_dict(data | {"rule": rows})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Policy:
+        """From what `to_dict` (or a TOML table of that form) gives; unknown keys are errors."""
+        _known(data, ("recipe", "rule", "loss_scale"), "policy")
+        recipe = data.get("recipe", "fp32")
+        if not isinstance(recipe, str):
+            raise ConfigError(f"policy.recipe is a string, got {recipe!r}")
+        rows = data.get("rule", [])
+        if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+            raise ConfigError("policy.rule is a list of tables: write [[rule]] with site and format")
+        rules = []
+        for row in rows:
+            _known(row, ("site", "format"), "policy.rule")
+            missing = [key for key in ("site", "format") if not isinstance(row.get(key), str)]
+            if missing:
+                raise ConfigError(f"a policy rule needs the strings site and format, got {dict(row)!r}")
+            rules.append(Rule.parse(row["site"], row["format"]))
+        scaling = _scaling(data["loss_scale"]) if "loss_scale" in data else _recipe(recipe).loss_scaling
+        return cls(recipe, tuple(rules), scaling)
+
+    @classmethod
+    def from_toml(cls, text: str) -> Policy:
+        try:
+            return cls.from_dict(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"the policy is not valid TOML: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"recipe": self.recipe}
+        if self.loss_scaling != _recipe(self.recipe).loss_scaling:
+            scaling = self.loss_scaling
+            data["loss_scale"] = "none" if scaling is None else scaling.to_dict()
+        if self.rules:
+            data["rule"] = [{"site": rule.site, "format": rule.fmt.name} for rule in self.rules]
+        return data
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.to_dict())
+
+    def __str__(self) -> str:
+        parts = [self.recipe, *map(str, self.rules)]
+        scaling = self.loss_scaling
+        if scaling != _recipe(self.recipe).loss_scaling:
+            if scaling is None:
+                parts.append("loss_scale=none")
+            elif scaling == LossScaling.constant(scaling.init):
+                parts.append(f"loss_scale={scaling.init!r}")
+            else:
+                parts.append("loss_scale=dynamic")
+                usual = LossScaling().to_dict()
+                parts += [
+                    f"loss_scale.{key}={value!r}" for key, value in scaling.to_dict().items() if value != usual[key]
+                ]
+        return "; ".join(parts)
+
+    def all_rules(self) -> tuple[Rule, ...]:
+        """The recipe's rules, then the policy's own."""
+        return (*_recipe(self.recipe).rules, *self.rules)
+
+    def format(self, site: Site) -> Format | None:
+        """The format of a site, or None where no rule speaks of it (the adapter then keeps float32)."""
+        for rule in reversed(self.all_rules()):
+            if rule.matches(site):
+                return rule.fmt
+        return None
+
+    def check_paths(self, paths: Iterable[str]) -> None:
+        """Refuse a rule of the policy's own whose path matches none of `paths`: it would be ignored silently."""
+        known = list(paths)
+        for rule in self.rules:
+            if not any(rule.matches_path(path) for path in known):
+                close = difflib.get_close_matches(rule.path.partition("#")[0], known, n=3, cutoff=0.4)
+                hint = f"; did you mean {' or '.join(close)}?" if close else ""
+                raise ConfigError(f"the rule {str(rule)!r} matches nothing in this model{hint}")
+
+
+def _known(data: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    for key in data:
+        if key not in keys:
+            raise ConfigError(f"unknown key {key!r} in {where}; known: {', '.join(keys)}")
+
+
+def _scaling(value: object) -> LossScaling | None:
+    """From `"none"`, `"dynamic"`, a number (a constant scale) or a table of fields."""
+    if isinstance(value, Mapping):
+        _known(value, tuple(f.name for f in fields(LossScaling)), "policy.loss_scale")
+        return LossScaling(**value)
+    if value == "none":
+        return None
+    if value == "dynamic":
+        return LossScaling()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return LossScaling.constant(float(value))
+    raise ConfigError(f"loss_scale is dynamic, none, a number or a table of fields; got {value!r}")
+
+
+def _scale_from_text(keys: Mapping[str, str]) -> object:
+    """What the keys `loss_scale` and `loss_scale.FIELD` of a policy string mean, in the form that TOML has it."""
+    kind = keys.get("loss_scale", "dynamic")
+    table = {key.partition(".")[2]: _number(value) for key, value in keys.items() if key != "loss_scale"}
+    if table and kind != "dynamic":
+        raise ConfigError(
+            f"loss_scale={kind} leaves nothing for loss_scale.{next(iter(table))} to say; drop one of the two"
+        )
+    return table or (kind if kind in ("none", "dynamic") else _number(kind))
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _recipe(name: str) -> Recipe:
+    found = RECIPES.get(name)
+    if found is None:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}{hint}")
+    return found

@@ -1,0 +1,49 @@
+"""A site: one place in a network where a number format is chosen.
+
+    path:role             blocks.3.attn.qkv:fprop.a
+    path#call:role        blocks.3.attn.qkv#1:fprop.a      the second call of that path in a forward pass
+
+Roles of a linear layer, convolution or matrix product (y = a·b, dx = a·b, dw = a·b):
+    fprop.a input      fprop.b weight   fprop.out     forward
+    dgrad.a gradient   dgrad.b weight   dgrad.out     gradient of the input
+    wgrad.a gradient   wgrad.b input    wgrad.out     gradient of the weight
+Roles of attention:
+    fprop.query fprop.key fprop.value fprop.probs fprop.out     dgrad.a dgrad.query dgrad.key dgrad.value
+    (dgrad.a is the incoming gradient; the last three are the gradients that leave)
+Other roles:
+    compute    what a norm, a softmax, an embedding or a loss computes in
+    master     the stored weight
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PRODUCT_ROLES = tuple(
+    f"{product}.{operand}" for product in ("fprop", "dgrad", "wgrad") for operand in ("a", "b", "out")
+)
+ATTENTION_ROLES = (
+    *(f"fprop.{operand}" for operand in ("query", "key", "value", "probs", "out")),
+    *(f"dgrad.{operand}" for operand in ("a", "query", "key", "value")),
+)
+ROLES = (*PRODUCT_ROLES, *(role for role in ATTENTION_ROLES if role not in PRODUCT_ROLES), "compute", "master")
+
+# A shorthand names one tensor in every product that it enters.
+SHORTHANDS = {
+    "input": ("fprop.a", "wgrad.b", "fprop.query", "fprop.key", "fprop.value"),
+    "weight": ("fprop.b", "dgrad.b"),
+    "grad_output": ("dgrad.a", "wgrad.a"),
+    "out": ("fprop.out", "dgrad.out", "wgrad.out", "dgrad.query", "dgrad.key", "dgrad.value"),
+}
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One place where a number format is chosen: `str(site)` is `path:role` or `path#call:role`."""
+
+    path: str
+    role: str
+    call: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.path}#{self.call}:{self.role}" if self.call else f"{self.path}:{self.role}"

@@ -1,0 +1,162 @@
+"""Scaled dot-product attention with its operands rounded as the table says.
+
+Three algorithms, chosen by table and machine:
+    native      operands in their format go to torch's own kernel (its own rounding of the probabilities)
+    flash       CPU: operands rounded, float32 flash attention (probabilities stay float32), result rounded once;
+                what is kept for the backward pass is 16 bits wide
+    explicit    where a rule speaks of fprop.probs: two products with a float32 softmax between them, the
+                probabilities rounded as the rule says
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mezzo.formats import FLOAT32, FLOAT64
+from mezzo.torch.products import Enter, Leave, Matmul, float32_kernels
+from mezzo.torch.rounding import carrier
+from mezzo.torch.table import SiteSpec
+
+_OPERANDS = ("query", "key", "value")
+
+
+def algorithm(spec: SiteSpec, device: torch.device) -> str:
+    """Which of the three algorithms attention at this site takes."""
+    if "fprop.probs" in spec.formats:
+        return "explicit"
+    if spec.route(*(f"fprop.{name}" for name in _OPERANDS)) == "native":
+        return "native"
+    return "flash" if device.type == "cpu" and spec.acc is torch.float32 else "emulated"
+
+
+def attention(
+    spec: SiteSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As torch.nn.functional.scaled_dot_product_attention, under the table.
+
+    query       (..., heads, T, E);  key, value (..., heads or kv_heads, S, E)
+    returns     (..., heads, T, E) in the carrier of fprop.out
+    """
+    if enable_gqa:
+        repeat = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeat, -3), value.repeat_interleave(repeat, -3)
+    how = algorithm(spec, query.device)
+    if how == "explicit":
+        return _explicit(spec, query, key, value, attn_mask, dropout_p, is_causal, scale)
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.to(spec.acc if how != "native" else carrier(spec.formats["fprop.query"]))
+    fits = (
+        query.dim() == 4
+        and dropout_p == 0.0
+        and query.shape[-1] == value.shape[-1]
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and query.shape[1] == key.shape[1] == value.shape[1]
+        and attn_mask is None
+        and 0 not in (*query.shape, *key.shape)
+    )
+    if how == "flash" and fits:
+        return FlashCPU.apply(query, key, value, is_causal, scale, spec)  # type: ignore[no-any-return]
+    dtype = carrier(spec.formats["fprop.query"]) if how == "native" else spec.acc
+    q, k, v = (
+        Enter.apply(x, spec, f"fprop.{name}", f"dgrad.{name}", dtype)
+        for name, x in zip(_OPERANDS, (query, key, value), strict=True)
+    )
+    with float32_kernels(spec.formats["fprop.query"].name if how == "native" else "float32", query.device):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
+    return Leave.apply(out, spec)  # type: ignore[no-any-return]
+
+
+class FlashCPU(torch.autograd.Function):
+    """torch's float32 flash attention for the CPU between rounded operands; keeps q, k, v and out as rounded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, spec: SiteSpec
+    ) -> Tensor:
+        q, k, v = (spec.cast(f"fprop.{name}", x) for name, x in zip(_OPERANDS, (query, key, value), strict=True))
+        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            spec.wide(q), spec.wide(k), spec.wide(v), 0.0, causal, attn_mask=None, scale=scale
+        )
+        out = spec.cast("fprop.out", out)
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        ctx.spec, ctx.causal, ctx.scale = spec, causal, scale
+        ctx.dtypes = query.dtype, key.dtype, value.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, logsumexp = ctx.saved_tensors
+        spec: SiteSpec = ctx.spec
+        g = spec.cast("dgrad.a", grads[0])
+        wide = spec.wide
+        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            wide(g), wide(q), wide(k), wide(v), wide(out), logsumexp, 0.0, ctx.causal, attn_mask=None, scale=ctx.scale
+        )
+        rounded = (
+            spec.cast(f"dgrad.{name}", d).to(dtype)
+            for name, d, dtype in zip(_OPERANDS, results, ctx.dtypes, strict=True)
+        )
+        return (*rounded, None, None, None)
+
+
+def _explicit(
+    spec: SiteSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """softmax(q·kᵀ·scale + mask)·v as two products."""
+    scores_spec, out_spec = _explicit_specs(spec)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = Matmul.apply(query, key.mT, scores_spec).to(spec.acc) * scale
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~allowed, -math.inf)
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            scores = scores.masked_fill(~attn_mask, -math.inf)
+        else:
+            scores = scores + attn_mask.to(spec.acc)
+    probs = F.dropout(torch.softmax(scores, -1), dropout_p)
+    return Matmul.apply(probs, value, out_spec)  # type: ignore[no-any-return]
+
+
+def _explicit_specs(spec: SiteSpec) -> tuple[SiteSpec, SiteSpec]:
+    """The two products of explicit attention, their operands' formats taken from attention's own roles.
+
+    Scores stay as the products' accumulator holds them; the gradients of probabilities and scores are rounded like the
+    incoming gradient.
+    """
+    f = spec.formats
+    inner = FLOAT64 if spec.acc is torch.float64 else FLOAT32
+    scores = {
+        "fprop.a": f["fprop.query"], "fprop.b": f["fprop.key"], "fprop.out": inner,
+        "dgrad.a": f["dgrad.a"], "dgrad.b": f["fprop.key"], "dgrad.out": f["dgrad.query"],
+        "wgrad.a": f["dgrad.a"], "wgrad.b": f["fprop.query"], "wgrad.out": f["dgrad.key"],
+    }  # fmt: skip
+    out = {
+        "fprop.a": f["fprop.probs"], "fprop.b": f["fprop.value"], "fprop.out": f["fprop.out"],
+        "dgrad.a": f["dgrad.a"], "dgrad.b": f["fprop.value"], "dgrad.out": inner,
+        "wgrad.a": f["dgrad.a"], "wgrad.b": f["fprop.probs"], "wgrad.out": f["dgrad.value"],
+    }  # fmt: skip
+    return (
+        SiteSpec(spec.path, spec.call, scores, spec.native, spec.hooks),
+        SiteSpec(spec.path, spec.call, out, spec.native, spec.hooks),
+    )

@@ -1,0 +1,223 @@
+"""What the mode does with each operation it knows: products, attention, norms, softmaxes, losses, look-ups."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mezzo.errors import ConfigError
+from mezzo.torch.attention import attention
+from mezzo.torch.products import Linear, Matmul, bilinear
+from mezzo.torch.table import SiteSpec
+
+if TYPE_CHECKING:
+    from mezzo.torch.intercept import SiteMode
+
+Func = Callable[..., Any]
+Handler = Callable[["SiteMode", Func, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _linear(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _linear_on(mode, func, *args, **kwargs)
+
+
+def _linear_on(mode: SiteMode, func: Func, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    path = mode.weight_path(weight)
+    mode.note(path, "product", input, weight)
+    spec = mode.table.product(path, mode.call_index(path, "product"))
+    if spec.plain(input, weight, bias):
+        return func(input, weight, bias)
+    if weight.dim() != 2:
+        return bilinear(spec, F.linear, input, weight, bias, "F.linear with a weight of one dimension")
+    return Linear.apply(input, weight, bias, spec)
+
+
+def _floating(*tensors: Any) -> bool:
+    return all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors)
+
+
+def _matmul_spec(mode: SiteMode, a: Tensor, b: Tensor) -> SiteSpec:
+    mode.note(mode.path, "product", a, b)
+    return mode.table.product(mode.path, mode.call_index(mode.path, "product"))
+
+
+def _matmul(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) != 2 or kwargs or not _floating(*args) or 0 in (args[0].dim(), args[1].dim()):
+        return _refuse_out(mode, func, args, kwargs)
+    a, b = args
+    spec = _matmul_spec(mode, a, b)
+    if spec.plain(a, b):
+        return func(a, b)
+    if func in _RIGHT_HAND:
+        a, b = b, a
+    x = a.unsqueeze(0) if a.dim() == 1 else a
+    y = b.unsqueeze(1) if b.dim() == 1 else b
+    out = Matmul.apply(x, y, spec)
+    if b.dim() == 1:
+        out = out.squeeze(-1)
+    return out.squeeze(-2 if b.dim() > 1 else -1) if a.dim() == 1 else out
+
+
+def _refuse_out(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("out") is not None:
+        raise ConfigError(f"{mode.path}: {func.__name__}(out=…) cannot be rounded by site; drop out=")
+    return func(*args, **kwargs)
+
+
+def _add_matmul(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """addmm, baddbmm, addbmm …: beta·input + alpha·(a·b)."""
+    base, a, b = args[:3]
+    if not _floating(a, b):
+        return _refuse_out(mode, func, args, kwargs)
+    spec = _matmul_spec(mode, a, b)
+    if spec.plain(base, a, b):
+        return func(*args, **kwargs)
+    if kwargs.get("out") is not None or len(args) > 3:
+        return _refuse_out(mode, func, args, kwargs)
+    return kwargs.get("beta", 1) * base + kwargs.get("alpha", 1) * Matmul.apply(a, b, spec)
+
+
+def _bilinear(op: Func, a_at: int, b_at: int, bias_at: int | None, name: str) -> Handler:
+    """A handler for an operation that torch differentiates; positions are those of its operands."""
+
+    def handle(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = dict(kwargs)
+        given = list(args)
+        names = {a_at: "input", b_at: "weight", bias_at: "bias"}
+        for at in sorted(at for at in (a_at, b_at, bias_at) if at is not None):
+            if len(given) == at and names[at] in kwargs:
+                given.append(kwargs.pop(names[at]))
+        a, b = given[a_at], given[b_at]
+        bias = given[bias_at] if bias_at is not None and len(given) > bias_at else None
+        spec = _matmul_spec(mode, a, b)
+        if spec.plain(a, b, bias):
+            return func(*args, **kwargs)
+
+        def run(x: Tensor, w: Tensor, c: Tensor | None) -> Tensor:
+            call = list(given)
+            call[a_at], call[b_at] = x, w
+            if bias_at is not None and len(call) > bias_at:
+                call[bias_at] = c
+            return func(*call, **kwargs)  # type: ignore[no-any-return]
+
+        return bilinear(spec, run, a, b, bias, name)
+
+    return handle
+
+
+def _einsum(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    operands = args[1:] if len(args) != 2 or isinstance(args[1], Tensor) else tuple(args[1])
+    if len(operands) != 2 or not isinstance(args[0], str) or not _floating(*operands):
+        return _compute(mode, func, args, kwargs)  # one operand is no product; of three, torch chooses the order
+    spec = _matmul_spec(mode, *operands)
+    if spec.plain(*operands):
+        return func(*args, **kwargs)
+    return bilinear(spec, lambda x, y, _: func(args[0], x, y), operands[0], operands[1], None, "einsum")
+
+
+def _sdpa(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    query, key, value = (*args, *(kwargs.get(name) for name in ("query", "key", "value")[len(args) :]))[:3]
+    mode.note(mode.path, "attention", query, key, value)
+    spec = mode.table.attention(mode.path, mode.call_index(mode.path, "attention"))
+    if spec.plain(query, key, value):
+        return func(*args, **kwargs)
+    return attention(spec, *args, **kwargs)
+
+
+def _compute(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Norms, softmaxes and losses: every floating operand in the compute format, so is the result."""
+    dtype = mode.table.compute(mode.path)
+    mode.note(mode.path, "compute", *(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)))
+
+    def convert(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    running = func in _RUNNING  # batch and instance norm write their running statistics: those tensors stay
+    args = tuple(x if running and i in (1, 2) else convert(x) for i, x in enumerate(args))
+    kwargs = {k: v if running and k in ("running_mean", "running_var") else convert(v) for k, v in kwargs.items()}
+    return func(*args, **kwargs)
+
+
+def _embedding(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A look-up is no product: its rows leave in the compute format; gradients are summed in the master's."""
+    mode.note(mode.path, "compute", *(t for t in args if isinstance(t, Tensor)))
+    return func(*args, **kwargs).to(mode.table.compute(mode.path))
+
+
+def _without_dispatch(func: Func) -> Func:
+    """A function of torch.nn.functional without its own hand-over to the mode, so that its inner calls get there."""
+    given: Any = func
+    bare = types.FunctionType(given.__code__, {**given.__globals__, "has_torch_function": lambda *_: False})
+    bare.__defaults__, bare.__kwdefaults__ = given.__defaults__, given.__kwdefaults__
+    return bare
+
+
+def _composite(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with mode:
+        return _without_dispatch(func)(*args, **kwargs)
+
+
+_RIGHT_HAND = {Tensor.__rmatmul__}
+_RUNNING = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm}
+
+HANDLERS: dict[Func, Handler] = {
+    F.linear: _linear,
+    F.scaled_dot_product_attention: _sdpa,
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding,
+    F.multi_head_attention_forward: _composite,
+    torch.einsum: _einsum,
+}
+_f: Any
+for _f in (torch.matmul, torch.mm, torch.bmm, torch.mv, torch.dot, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.mv,
+           Tensor.dot, Tensor.__matmul__, Tensor.__rmatmul__):  # fmt: skip
+    HANDLERS[_f] = _matmul
+for _f in (torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm):
+    HANDLERS[_f] = _add_matmul
+for _f in (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d):
+    HANDLERS[_f] = _bilinear(_f, 0, 1, 2, _f.__name__)
+for _name in [
+    "layer_norm",
+    "rms_norm",
+    "group_norm",
+    "batch_norm",
+    "instance_norm",
+    "local_response_norm",
+    "normalize",
+    "softmax",
+    "log_softmax",
+    "gumbel_softmax",
+    "softmin",
+    "cross_entropy",
+    "nll_loss",
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "kl_div",
+    "poisson_nll_loss",
+    "gaussian_nll_loss",
+    "hinge_embedding_loss",
+    "ctc_loss",
+    "prelu",
+    "grid_sample",
+    "pairwise_distance",
+    "margin_ranking_loss",
+    "soft_margin_loss",
+    "triplet_margin_loss",
+    "cosine_embedding_loss",
+    "cosine_similarity",
+    "multi_margin_loss",
+]:
+    HANDLERS[getattr(F, _name)] = _compute
+for _f in (torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax, torch.logsumexp, Tensor.logsumexp,
+           torch.layer_norm, torch.rms_norm, torch.group_norm, torch.batch_norm, torch.instance_norm, torch.cdist,
+           torch.cosine_similarity):  # fmt: skip
+    HANDLERS[_f] = _compute

@@ -1,0 +1,275 @@
+"""`Precision`: one object that trains a model under a policy, in mezzo's loop or in anybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mezzo import hardware
+from mezzo.errors import ConfigError, NonfiniteError
+from mezzo.policy import LossScaling, Policy
+from mezzo.torch.intercept import Seen, attach, detach
+from mezzo.torch.scaler import LossScaler
+from mezzo.torch.sites import SiteRow, rows
+from mezzo.torch.step import Step
+from mezzo.torch.table import Hooks, Table, Tap
+
+
+class Precision:
+    """Train `model` under `policy`; the model's own parameters are the float32 (or float64) masters.
+
+        precision = mezzo.torch.Precision(model, optimizer, policy="bf16")
+        for x, y in batches:
+            loss = loss_fn(model(x), y)
+            precision.backward(loss)       # may be called several times: gradients accumulate
+            step = precision.step()        # unscale, clip, skip if nonfinite, update, zero gradients
+
+    model       its parameters become masters of the policy's dtype, in place; its modules' forward is wrapped
+    optimizer   one, several, or None (evaluation). A fused optimizer skips on the device; another one costs one
+                wait for the device each step
+    policy      a recipe's name, a policy string, or a Policy
+    scheduler   one or several learning-rate schedulers, moved after each step that was not skipped
+    max_norm    gradients are clipped to this total norm
+    raises      ConfigError if the policy cannot be carried out on this model
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        policy: str | Policy = "bf16",
+        *,
+        scheduler: Any = None,
+        max_norm: float | None = None,
+    ) -> None:
+        self.policy = Policy.of(policy)
+        self.model = model
+        self.optimizers = _listed(optimizer)
+        self.schedulers = _listed(scheduler)
+        if max_norm is not None and not max_norm > 0:
+            raise ConfigError(f"max_norm is a positive number or None, got {max_norm!r}")
+        self.max_norm = max_norm
+        self.device = _device_of(model)
+        self.hooks = Hooks(watching=self.policy.loss_scaling is not None)
+        self.hardware = hardware.measure(self.device.type)
+        self._tables: dict[str, Table] = {}
+        table = self._table(self.policy)
+        _make_masters(model, table, self.optimizers)
+        self.mode = attach(model, table)
+        self.mode.recording = {}
+        self._seen: dict[tuple[str, str], Seen] = self.mode.recording
+        self.scaler = LossScaler(self.policy.loss_scaling, self.device)
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.last: Step | None = None
+        self.steps = self.skipped = self.bad_run = 0
+        self._buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+        self._kept = {name: b.clone() for name, b in self._buffers.items()}
+
+    # --- training ---
+
+    def backward(self, loss: Tensor) -> None:
+        """Scale the loss and add its gradients to those already there.
+
+        loss      0-d tensor; divide it by the number of calls yourself when accumulating a mean
+        """
+        if loss.dim() != 0:
+            raise ConfigError(f"backward takes a loss of one number, got shape {tuple(loss.shape)}; take its mean")
+        (loss.float() if loss.dtype in (torch.bfloat16, torch.float16) else loss).mul(self.scaler.scale).backward()
+
+    def step(self) -> Step:
+        """Unscale, clip, skip if a gradient is not finite, update, zero the gradients.
+
+        returns   what happened, as device tensors: reading it waits for the device, `step()` itself does not
+        raises    NonfiniteError when steps keep being skipped (at the loss scale's floor, if it has one)
+        """
+        if not self.optimizers:
+            raise ConfigError("step() needs an optimizer; this Precision was made without one")
+        self._finish_last()
+        self.mode.recording = None
+        owned = [p for o in self.optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
+        if not owned:
+            raise ConfigError("step() found no gradient; call precision.backward(loss) first")
+        grads = [p.grad for p in owned if p.grad is not None]
+        norms = torch._foreach_norm(grads)
+        scale = self.scaler.scale
+        total = torch.linalg.vector_norm(torch.stack([n.to(torch.float64 if n.dtype is torch.float64 else torch.float32)
+                                                      for n in norms]))  # fmt: skip
+        overflow = ~torch.isfinite(total)
+        grad_norm = total.float() / scale
+        divisor = scale
+        if self.max_norm is not None:
+            divisor = scale * torch.clamp(grad_norm / self.max_norm, min=1.0)
+        self._update(grads, divisor, overflow)
+        self._roll_back_buffers(overflow)
+        self.scaler.update(overflow)
+        self.steps += 1
+        names = [self.names.get(id(p), "a parameter outside of the model") for p in owned]
+        self.last = Step(self.steps, overflow, grad_norm, scale, self.scaler.state.at_floor,
+                         tuple(self.hooks.nonfinite), tuple(zip(names, norms, strict=True)))  # fmt: skip
+        self.hooks.nonfinite = []
+        if self.device.type == "cpu":
+            self._finish_last()  # nothing to wait for
+        return self.last
+
+    def _update(self, grads: list[Tensor], divisor: Tensor, overflow: Tensor) -> None:
+        fused = [o for o in self.optimizers if getattr(o, "_step_supports_amp_scaling", False)]
+        others = [o for o in self.optimizers if o not in fused]
+        if others and not bool(overflow):  # this waits for the device
+            mine = {id(p) for o in others for group in o.param_groups for p in group["params"]}
+            theirs = [p.grad for o in others for g in o.param_groups for p in g["params"] if p.grad is not None]
+            if mine and theirs:
+                torch._foreach_mul_(theirs, 1.0 / divisor)
+            for optimizer in others:
+                optimizer.step()
+        for optimizer in fused:
+            optimizer.grad_scale, optimizer.found_inf = divisor, overflow.float()
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _roll_back_buffers(self, overflow: Tensor) -> None:
+        """A skipped step leaves no trace in running statistics either."""
+        with torch.no_grad():
+            for name, buffer in self._buffers.items():
+                buffer.copy_(torch.where(overflow, self._kept[name], buffer))
+                self._kept[name].copy_(buffer)
+
+    def _finish_last(self) -> None:
+        """Act on the outcome of the step before: schedulers, the search for the site, the end of patience."""
+        last = self.last
+        if last is None or last.finished:
+            return
+        last.finished = True
+        if not last.skipped_now():
+            self.bad_run = 0
+            self.hooks.watching = self.policy.loss_scaling is not None
+            for scheduler in self.schedulers:
+                scheduler.step()
+            return
+        self.skipped += 1
+        self.bad_run += 1
+        self.hooks.watching = True
+        scaling = self.policy.loss_scaling
+        run = int(last.at_floor) if scaling else self.bad_run
+        patience = (scaling or LossScaling()).patience
+        if run >= patience:
+            where = f"at the loss scale's floor of {scaling.floor:g}" if scaling else f"under {self.policy}"
+            raise NonfiniteError(
+                f"{run} steps in a row had nonfinite gradients {where}; first nonfinite at {last.site}. The weights "
+                f"are those of the last good step. Look for NaN in the data, lower the learning rate, or give that site a "
+                f"wider format, for instance with the rule {last.rule}"
+            )
+
+    # --- other tables ---
+
+    @contextmanager
+    def using(self, policy: str | Policy) -> Iterator[None]:
+        """Run the model under another policy's formats for a while; masters and loss scale stay."""
+        outer = self.mode.table
+        self.mode.table = self._table(Policy.of(policy))
+        try:
+            yield
+        finally:
+            self.mode.table = outer
+
+    def _table(self, policy: Policy) -> Table:
+        key = str(policy)
+        if key not in self._tables:
+            policy.check_paths(path for path, _ in self.model.named_modules())
+            self._tables[key] = Table(policy, self.hardware.native, self.hooks)
+        return self._tables[key]
+
+    # --- looking ---
+
+    def sites(self, *example: Any, **kwargs: Any) -> list[SiteRow]:
+        """The site table: what each tensor is rounded to and how, and what was seen and is not covered.
+
+        example   inputs for one forward pass without gradients; needed only if the model has not run yet
+        raises    ConfigError if there is nothing to show
+        """
+        if example or kwargs:
+            outer, self.mode.recording = self.mode.recording, {}
+            try:
+                with torch.no_grad():
+                    self.model(*example, **kwargs)
+                self._seen = self.mode.recording
+            finally:
+                self.mode.recording = outer
+        if not self._seen:
+            raise ConfigError("no forward pass seen yet: run the model once, or give example inputs to sites()")
+        return rows(self.model, self.mode, self._seen.values())
+
+    @contextmanager
+    def tap(self, listener: Tap) -> Iterator[None]:
+        """Call `listener(site, before, after)` at every rounding, forward and backward, while the context is open."""
+        self.hooks.taps.append(listener)
+        try:
+            yield
+        finally:
+            self.hooks.taps.remove(listener)
+
+    @property
+    def routes(self) -> dict[str, str]:
+        """Format → "native" or "emulated" on this machine, for the formats the policy names; goes into manifests."""
+        names = sorted({rule.fmt.name for rule in self.policy.all_rules()})
+        return {name: "native" if name in self.hardware.native else "emulated" for name in names}
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that must survive a restart besides weights and optimizer: tensors, by name."""
+        counts = {"steps": self.steps, "skipped": self.skipped, "bad_run": self.bad_run}
+        return self.scaler.state_dict() | {name: torch.tensor(n) for name, n in counts.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave, after the model's own state was loaded."""
+        self.scaler.load_state_dict(state)
+        self.steps, self.skipped, self.bad_run = (int(state[key]) for key in ("steps", "skipped", "bad_run"))
+        self.last = None
+        for name, buffer in self._buffers.items():
+            self._kept[name].copy_(buffer)
+
+    def remove(self) -> None:
+        """Give the model its own forward back; its weights stay as they are."""
+        detach(self.model)
+
+
+def _listed(given: Any) -> list[Any]:
+    return [] if given is None else list(given) if isinstance(given, Sequence) else [given]
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        raise ConfigError(
+            f"the model's parameters lie on several devices ({', '.join(map(str, devices))}); move them to one"
+        )
+    device = devices.pop() if devices else torch.device("cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"mezzo runs on cpu and cuda, the model is on {device}; call model.to('cpu') first")
+    return device
+
+
+def _make_masters(model: nn.Module, table: Table, optimizers: list[Optimizer]) -> None:
+    """Store each floating parameter in its master's dtype; float64 masters take the buffers along."""
+    changed = []
+    for path, module in model.named_modules():
+        dtype = table.master(path)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.dtype is not dtype:
+                changed.append(f"{path}.{name}")
+                parameter.data = parameter.data.to(dtype)
+        for _, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and buffer.element_size() < table.compute(path).itemsize:
+                buffer.data = buffer.data.to(table.compute(path))
+    if changed and any(optimizer.state for optimizer in optimizers):
+        raise ConfigError(
+            f"the policy stores {changed[0]} in another dtype, but the optimizer already has moments for it; make the "
+            "Precision before the first step"
+        )

@@ -1,0 +1,179 @@
+"""Linear layers and matrix products with each operand of each of the three products rounded as the table says.
+
+Route "native": the operands go to the device's own kernel in their format. Route "emulated": the rounded operands are
+multiplied exactly in float32 (float64 if an operand is float64) and the result is rounded once. A bias is rounded like
+the weight and added before that rounding. `docs/numerics.md` is the contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mezzo.torch.rounding import carrier
+from mezzo.torch.table import SiteSpec
+
+
+@contextmanager
+def float32_kernels(fmt: str, device: torch.device) -> Iterator[None]:
+    """On CUDA, products of float32 tensors use TF32 tensor cores exactly where the table says tf32."""
+    if device.type != "cuda" or fmt not in ("float32", "tf32"):
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = fmt == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def multiply(spec: SiteSpec, product: str, a: Tensor, b: Tensor, op: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`op(a, b)` on operands already rounded for `product`, its result rounded to `product`.out."""
+    operands = f"{product}.a", f"{product}.b"
+    fmt = spec.formats[operands[0]].name
+    if spec.result_route(f"{product}.out", *operands) == "native":
+        with float32_kernels(fmt, a.device):
+            return spec.cast(f"{product}.out", op(a, b))
+    if a.is_cuda and spec.route(*operands) == "native" and a.dim() == b.dim() == 2 and op is torch.mm:
+        # Tensor cores sum in float32 and can deliver it: no rounding of the result to 16 bits on the way.
+        return spec.cast(f"{product}.out", torch.mm(a, b, out_dtype=torch.float32))
+    with float32_kernels("float32", a.device):
+        return spec.cast(f"{product}.out", op(spec.wide(a), spec.wide(b)))
+
+
+def _gradients(spec: SiteSpec, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The incoming gradient rounded for dgrad and for wgrad; widened once where both are emulated from one rounding."""
+    g_d, g_w = spec.cast("dgrad.a", g), spec.cast("wgrad.a", g)
+    if (
+        g_d is g_w
+        and not g.is_cuda
+        and "native" not in (spec.route("dgrad.a", "dgrad.b"), spec.route("wgrad.a", "wgrad.b"))
+    ):
+        g_d = g_w = spec.wide(g_d)
+    return g_d, g_w
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+class Linear(torch.autograd.Function):
+    """y = x·wᵀ + bias;  dx = dy·w;  dw = dyᵀ·x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: SiteSpec) -> Tensor:
+        a = spec.cast("fprop.a", x)
+        b = spec.cast("fprop.b", weight)
+        kept = a if spec.formats["wgrad.b"] == spec.formats["fprop.a"] else x
+        # The master is kept, not its rounded copy: rounding it again in backward is 1% of the step, the copy is memory.
+        ctx.save_for_backward(kept, weight)
+        ctx.spec, ctx.x_dtype = spec, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if bias is None:
+            return multiply(spec, "fprop", a, b, F.linear)
+        rounded = spec.cast("fprop.b", bias)
+        return multiply(spec, "fprop", a, b, lambda p, q: F.linear(p, q, rounded.to(p.dtype)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        spec: SiteSpec = ctx.spec
+        dx = dw = db = None
+        g_d, g_w = _gradients(spec, grads[0])
+        if ctx.needs_input_grad[0]:
+            dx = multiply(spec, "dgrad", g_d, spec.cast("dgrad.b", weight), torch.matmul).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            g_rows = _rows(g_w)
+            if ctx.needs_input_grad[1]:
+                dw = multiply(spec, "wgrad", g_rows.t(), _rows(spec.cast("wgrad.b", x)), torch.mm).to(weight.dtype)
+            if ctx.needs_input_grad[2]:
+                db = spec.cast("wgrad.out", g_rows.sum(0, dtype=spec.acc)).to(ctx.bias_dtype)
+        return dx, dw, db, None
+
+
+def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
+    """Undo broadcasting over the batch dimensions."""
+    return x if x.shape == shape else x.sum_to_size(shape)
+
+
+class Matmul(torch.autograd.Function):
+    """y = a·b of at least two dimensions each, batch dimensions broadcast; da = dy·bᵀ is dgrad, db = aᵀ·dy is wgrad.
+
+    In wgrad the operands are stored as the table names them: a is the gradient, b is the first factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, spec: SiteSpec) -> Tensor:
+        a, b = spec.cast("fprop.a", x), spec.cast("fprop.b", y)
+        keep_a = a if spec.formats["wgrad.b"] == spec.formats["fprop.a"] else x
+        keep_b = b if spec.formats["dgrad.b"] == spec.formats["fprop.b"] else y
+        ctx.save_for_backward(keep_a, keep_b)
+        ctx.spec, ctx.dtypes = spec, (x.dtype, y.dtype)
+        return multiply(spec, "fprop", a, b, torch.matmul)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        spec: SiteSpec = ctx.spec
+        dx = dy = None
+        if ctx.needs_input_grad[0]:
+            g = spec.cast("dgrad.a", grads[0])
+            dx = multiply(spec, "dgrad", g, spec.cast("dgrad.b", y).mT, torch.matmul)
+            dx = _sum_to(dx.to(ctx.dtypes[0]), x.shape)
+        if ctx.needs_input_grad[1]:
+            g = spec.cast("wgrad.a", grads[0])
+            dy = multiply(spec, "wgrad", g, spec.cast("wgrad.b", x), lambda p, q: torch.matmul(q.mT, p))
+            dy = _sum_to(dy.to(ctx.dtypes[1]), y.shape)
+        return dx, dy, None
+
+
+class Enter(torch.autograd.Function):
+    """Round an operand on its way into an operation that torch differentiates, and its gradient on the way out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: SiteSpec, role: str, grad_role: str, dtype: torch.dtype) -> Tensor:
+        ctx.spec, ctx.grad_role, ctx.dtype = spec, grad_role, x.dtype
+        y = spec.cast(role, x).to(dtype)
+        return y.view_as(y) if y is x else y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.spec.cast(ctx.grad_role, grads[0]).to(ctx.dtype), None, None, None, None
+
+
+class Leave(torch.autograd.Function):
+    """Round the result of such an operation, and the gradient that comes back to it."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, spec: SiteSpec) -> Tensor:
+        ctx.spec, ctx.dtype = spec, y.dtype
+        out = spec.cast("fprop.out", y)
+        return out.view_as(out) if out is y else out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.spec.cast("dgrad.a", grads[0]).to(ctx.dtype), None
+
+
+def bilinear(spec: SiteSpec, op: Callable[..., Tensor], a: Tensor, b: Tensor, bias: Tensor | None, what: str) -> Tensor:
+    """Any operation that is linear in `a` and in `b` (convolutions, einsum), differentiated by torch itself.
+
+    op    called as op(a, b, bias) with all three in one dtype
+    """
+    spec.require_same(what, "fprop.a", "wgrad.b")
+    spec.require_same(what, "fprop.b", "dgrad.b")
+    spec.require_same(what, "dgrad.a", "wgrad.a")
+    native = spec.route("fprop.a", "fprop.b") == "native"
+    dtype = carrier(spec.formats["fprop.a"]) if native else spec.acc
+    x = Enter.apply(a, spec, "fprop.a", "dgrad.out", dtype)
+    w = Enter.apply(b, spec, "fprop.b", "wgrad.out", dtype)
+    c = None if bias is None else Enter.apply(bias, spec, "fprop.b", "wgrad.out", dtype)
+    with float32_kernels(spec.formats["fprop.a"].name if native else "float32", a.device):
+        return Leave.apply(op(x, w, c), spec)  # type: ignore[no-any-return]

@@ -1,0 +1,95 @@
+"""The site table as people read it: one row a site, from what a forward pass showed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from mezzo.torch.attention import algorithm
+from mezzo.torch.intercept import Seen, SiteMode
+from mezzo.torch.rounding import CARRIERS
+from mezzo.torch.table import SiteSpec, Table
+
+_ITEM = {name: torch.empty(0, dtype=dtype).element_size() for name, dtype in CARRIERS.items()}
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site as resolved.
+
+    site    `path:role`, or `path:op NAME` for an operation that no rule speaks of
+    shape   of the tensor; () for a scalar
+    format  what its values are rounded to, or the dtype that an uncovered operation ran in
+    route   "native", "emulated", "flash", "explicit", "kernel" (left to a kernel), "not covered"
+    bytes   the tensor's size in that format
+    calls   how often the site was met in one forward pass; shape and bytes are those of one call
+    """
+
+    site: str
+    shape: tuple[int, ...]
+    format: str
+    route: str
+    bytes: int
+    calls: int = 1
+
+
+def rows(model: nn.Module, mode: SiteMode, seen: Iterable[Seen]) -> list[SiteRow]:
+    """Every site of the model, in the order met; masters last."""
+    found = [row for one in seen for row in _rows_of(one, mode.table)]
+    for name, parameter in model.named_parameters():
+        fmt = str(parameter.dtype).removeprefix("torch.")
+        size = parameter.numel() * parameter.element_size()
+        found.append(SiteRow(f"{name}:master", tuple(parameter.shape), fmt, "native", size))
+    return found
+
+
+def _rows_of(seen: Seen, table: Table) -> Iterator[SiteRow]:
+    def row(role: str, shape: tuple[int, ...], fmt: str, route: str) -> SiteRow:
+        return SiteRow(f"{seen.path}:{role}", shape, fmt, route, prod(shape) * _ITEM[fmt], seen.calls)
+
+    if seen.kind == "product":
+        spec = table.product(seen.path, 0)
+        for role, shape in _product_shapes(seen.shapes[0], seen.shapes[1], seen.out).items():
+            yield row(role, shape, spec.formats[role].name, _product_route(spec, role))
+    elif seen.kind == "attention":
+        spec = table.attention(seen.path, 0)
+        how = algorithm(spec, seen.device)
+        for role, shape in _attention_shapes(seen.shapes[0], seen.shapes[1], seen.shapes[2], seen.out).items():
+            known = spec.formats.get(role)
+            if known is not None:
+                yield row(role, shape, known.name, how)
+            else:  # the kernel's own: float32 in emulation, the operands' format on tensor cores
+                kept = spec.formats["fprop.query"].name if how == "native" else "float32"
+                yield row(role, shape, kept, "kernel")
+    elif seen.kind == "compute":
+        yield row("compute", seen.out, table.compute_format(seen.path).name, "native")
+    else:
+        name = str(seen.dtype).removeprefix("torch.")
+        yield SiteRow(f"{seen.path}:op {seen.kind}", seen.shapes[0], name, "not covered", 0, seen.calls)
+
+
+def _product_route(spec: SiteSpec, role: str) -> str:
+    product = role.partition(".")[0]
+    return spec.route(f"{product}.a", f"{product}.b")
+
+
+def _product_shapes(a: tuple[int, ...], b: tuple[int, ...], out: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {
+        "fprop.a": a, "fprop.b": b, "fprop.out": out,
+        "dgrad.a": out, "dgrad.b": b, "dgrad.out": a,
+        "wgrad.a": out, "wgrad.b": a, "wgrad.out": b,
+    }  # fmt: skip
+
+
+def _attention_shapes(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], out: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    probs = (*query[:-1], key[-2])
+    return {
+        "fprop.query": query, "fprop.key": key, "fprop.value": value, "fprop.probs": probs, "fprop.out": out,
+        "dgrad.a": out, "dgrad.query": query, "dgrad.key": key, "dgrad.value": value,
+    }  # fmt: skip
