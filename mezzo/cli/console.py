@@ -1,0 +1,110 @@
+"""What a person sees while a run goes on: a live bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table as RichTable
+
+from mezzo.train.listeners import Listener, Record
+
+
+def clock(seconds: float) -> str:
+    """3725 → 1:02:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(count: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def describe(info: Record) -> str:
+    """The lines before the first step."""
+    routes = ", ".join(f"{name} {route}" for name, route in info["routes"].items())
+    text = f"{info['train_tokens']:,} tokens to train on, {info['valid_tokens']:,} held out"
+    if info["invalid_utf8"]:
+        text += f"; {info['invalid_utf8']:,} invalid UTF-8 bytes replaced"
+    return (
+        f"model     {info['parameters']:,} parameters, {info['tokens'] / info['parameters']:.1f} tokens each over "
+        f"{info['steps']:,} steps\n"
+        f"policy    {info['policy']}   ({routes} on {info['device']})\n"
+        f"text      {text}; SHA-256 {info['corpus'][:16]}…\n"
+        f"run       {info['run']}"
+    )
+
+
+class Progress(Listener):
+    """Shows step, loss, validation loss, tokens/s, memory and time left.
+
+    every     seconds between two lines where the output is no terminal
+    """
+
+    def __init__(self, console: Console, label: str = "", every: float = 10.0) -> None:
+        self.console, self.label, self.every = console, label, every
+        self.live: Live | None = None
+        self.steps = self.first = 0
+        self.begin = self.last_line = 0.0
+        self.loss: float | None = None
+        self.val_loss: float | None = None
+
+    def started(self, info: Record) -> None:
+        self.steps, self.first = info["steps"], info["first_step"]
+        self.console.print(describe(info), highlight=False)
+        if self.first:
+            self.console.print(f"resuming after step {self.first:,}", highlight=False)
+        self.begin = self.last_line = time.perf_counter()
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self.live.start()
+
+    def record(self, record: Record) -> None:
+        self.loss = record["loss"] if self.loss is None else 0.9 * self.loss + 0.1 * record["loss"]
+        self.val_loss = record.get("val_loss", self.val_loss)
+        line = self.line(record)
+        if record["skipped"]:
+            self.message(f"step {record['step']:,} skipped: nonfinite at {record['site']}, loss scale was "
+                         f"{record['loss_scale']:g}")  # fmt: skip
+        if self.live is not None:
+            self.live.update(self._bar(record["step"], line))
+        now = time.perf_counter()
+        evaluated = "val_loss" in record
+        if evaluated or (self.live is None and now - self.last_line >= self.every):
+            self.last_line = now
+            self.console.print(line, highlight=False, soft_wrap=True)
+        if "sample" in record:
+            self.console.print(f"    {record['sample']!r}", highlight=False, markup=False, soft_wrap=True)
+
+    def line(self, record: Record) -> str:
+        """One record as a line of text."""
+        done, step = record["step"] - self.first, record["step"]
+        left = (time.perf_counter() - self.begin) / max(1, done) * (self.steps - step)
+        mfu = f"  mfu {record['mfu']:.0%}" if record["mfu"] is not None else ""
+        val = "" if self.val_loss is None else f"  val {self.val_loss:.4f}"
+        label = f"{self.label}  " if self.label else ""
+        return (
+            f"{label}step {step:>{len(str(self.steps))}}/{self.steps}  loss {self.loss:.4f}{val}  "
+            f"{record['tokens_per_s']:,.0f} tok/s{mfu}  {size(record['memory'])}  {clock(left)} left"
+        )
+
+    def _bar(self, step: int, line: str) -> RichTable:
+        table = RichTable.grid(padding=(0, 1))
+        table.add_row(ProgressBar(total=self.steps, completed=step, width=24), line)
+        return table
+
+    def message(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def ended(self, outcome: str) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None

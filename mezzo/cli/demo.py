@@ -1,0 +1,192 @@
+"""`mezzo demo`: bfloat16 beside float32 on real text, on this machine, in four minutes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mezzo.train.config import Config
+    from mezzo.train.session import Session
+
+SECONDS = 110.0  # for the two arms trained side by side
+
+
+@click.command()
+@click.option("--seconds", default=SECONDS, show_default=True, help="How long the two trainings take together.")
+def demo(seconds: float) -> None:
+    """Train a small GPT under plain float32 and under mezzo bf16, side by side, on the Python library's sources."""
+    from rich.console import Console
+
+    from mezzo import hardware
+    from mezzo.train.config import load
+    from mezzo.train.session import choose_device, prepare_corpus
+
+    console = Console(soft_wrap=True, highlight=False)
+    begin = time.perf_counter()
+    kind, why = hardware.gpu_status()
+    console.print(f"machine   {hardware.processor()}, " + (f"GPU {why}" if kind == "cuda" else f"no GPU used: {why}"))
+    base = load(None, ['policy="bf16"', 'data.corpus="stdlib"'])
+    console.print("text      the sources of this Python's standard library, tokenised once …")
+    corpus = prepare_corpus(base)
+    console.print(f"          {corpus.manifest['documents']:,} files; SHA-256 {corpus.sha256}")
+    steps = _steps_for(seconds, base, choose_device(base.train.device))
+    config = load(
+        None,
+        [f"train.steps={steps}", f"train.warmup={max(1, steps // 10)}", f"train.eval_every={max(1, steps // 4)}",
+         f"train.checkpoint_every={steps}"],
+        base.model_dump(exclude_none=True),
+    )  # fmt: skip
+    session, rows = _train_both(config, corpus, console)
+    path = session.run.path
+    rows |= _alone(session.config, console, steps)
+    console.print(_table(rows, steps))
+    _loss_scaling(session, console)
+    console.print("\na sample of what the model writes after this little training:")
+    console.print(session.sample("def ", tokens=80), markup=False)
+    console.print(f"\nthe run is {path}; {time.perf_counter() - begin:.0f} s in all. Worth typing next:")
+    console.print(f'  .venv/bin/mezzo generate {path} --prompt "class Point"')
+    console.print(f"  .venv/bin/mezzo sites {path}")
+    console.print('  .venv/bin/mezzo train --data YOUR_TEXTS --policy "bf16; head:*=float32"', markup=False)
+
+
+def _steps_for(seconds: float, base: Config, device: Any) -> int:
+    """How many steps of two arms fit into that time, from a few steps measured now."""
+    from mezzo.models.shapes import flops_per_token
+    from mezzo.train.auto import measured_flops
+
+    shape = base.model.resolve()
+    rate = measured_flops(shape, base.train.batch, base.resolved_policy(), device)
+    step = flops_per_token(shape) * base.train.batch * shape.seq_len / rate
+    return max(40, min(1000, int(seconds / (2.2 * step))))
+
+
+def _train_both(config: Config, corpus: Any, console: Console) -> tuple[Session, dict[str, Any]]:
+    """Plain float32 and mezzo bf16, one step of each in turn, so that other load on the machine hits both."""
+    import torch
+
+    from mezzo.cli.console import Progress
+    from mezzo.cli.demo_arms import plain_loop
+    from mezzo.models.gpt_torch import GPT
+    from mezzo.train.loop import evaluate
+    from mezzo.train.session import Session
+
+    session = Session.start(config, time.strftime("runs/demo-%Y%m%d-%H%M%S"), Progress(console, "bf16"), corpus)
+    model = GPT(session.shape, generator=torch.Generator().manual_seed(config.train.seed)).to(session.device)
+    plain = plain_loop(config, session.batches.batch_at, model, session.device)
+    plain_losses, plain_seconds, losses, seconds = [], [], [], []
+    record = {}
+    tokens = config.train.batch * session.shape.seq_len
+    for record in session.train():
+        losses.append(record["loss"])
+        seconds.append(tokens / record["tokens_per_s"])
+        loss, took = next(plain)
+        plain_losses.append(loss)
+        plain_seconds.append(took)
+        if "val_loss" in record:
+            console.print(
+                f"fp32  step {record['step']}/{config.train.steps}  loss {statistics.fmean(plain_losses[-20:]):.4f}"
+            )
+    if session.interrupted:
+        raise SystemExit(75)
+    val, _ = evaluate(model, session.valid(), session.device)
+    rows = {
+        "plain": {
+            "seconds": statistics.median(plain_seconds),
+            "loss": statistics.fmean(plain_losses[-20:]),
+            "val": val,
+        },
+        "mezzo": {
+            "seconds": statistics.median(seconds),
+            "loss": statistics.fmean(losses[-20:]),
+            "val": record["val_loss_fp32"],
+        },
+    }
+    return session, rows
+
+
+def _alone(config: Config, console: Console, steps: int) -> dict[str, Any]:
+    """Each arm alone in a process, for its peak memory; the slow ones also for their speed."""
+    found: dict[str, Any] = {}
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(config.to_toml())
+        file.flush()
+        for arm, count in (("plain", 4), ("mezzo", 4), ("autocast", 2), ("fast_cpu", 4)):
+            console.print(f"measuring {arm} alone for {count} steps …")
+            command = [sys.executable, "-m", "mezzo.cli.demo_arms", file.name, arm, str(count)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise click.ClickException(f"the arm {arm} failed:\n{done.stderr[-2000:]}")
+            found[f"{arm} alone"] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _table(rows: dict[str, Any], steps: int) -> Any:
+    from rich.table import Table
+
+    from mezzo.cli.console import clock, size
+
+    table = Table(
+        "", "step", "ratio", "peak memory", "train loss", "val loss", box=None, header_style="bold", title_justify="left",
+        title=f"\n{steps} steps each", caption="one seed: not evidence of equality. ratio: step time over plain's, "
+        "medians of interleaved steps; memory above resting; val loss in float32", caption_justify="left",
+    )  # fmt: skip
+    plain, mezzo = rows["plain"], rows["mezzo"]
+    for name, row, alone in (
+        ("plain PyTorch float32", plain, rows["plain alone"]),
+        ("mezzo bf16", mezzo, rows["mezzo alone"]),
+    ):
+        ratio = row["seconds"] / plain["seconds"]
+        table.add_row(name, f"{row['seconds'] * 1e3:.0f} ms", f"{ratio:.2f}", size(alone["memory"]),
+                      f"{row['loss']:.4f}", f"{row['val']:.4f}")  # fmt: skip
+    for name, arm in (
+        ("stock torch.autocast bf16", "autocast alone"),
+        ("the same after mezzo.torch.fast_cpu()", "fast_cpu alone"),
+    ):
+        row = rows[arm]
+        ratio = row["seconds"] / rows["plain alone"]["seconds"]
+        table.add_row(name, f"{row['seconds'] * 1e3:,.0f} ms", f"{ratio:.2f}", size(row["memory"]),
+                      f"projected: {clock(row['seconds'] * steps)} for all steps", "")  # fmt: skip
+    return table
+
+
+def _loss_scaling(session: Session, console: Console) -> None:
+    """What share of the gradients float16 loses with and without loss scaling, on the model just trained."""
+    import torch
+
+    from mezzo.torch import Precision
+
+    lost = {}
+    session.precision.remove()
+    for policy in ("fp16", "fp16; loss_scale=none"):
+        precision = Precision(session.model, session.optimizer, policy)
+        zeroed = total = 0
+
+        def count(site: Any, before: torch.Tensor, after: torch.Tensor) -> None:
+            nonlocal zeroed, total
+            if site.role.startswith(("dgrad", "wgrad.a")) and before.dtype is torch.float32:
+                nonzero = before != 0
+                total += int(nonzero.sum())
+                zeroed += int((nonzero & (after == 0)).sum())
+
+        with precision.tap(count):
+            for step in range(3):
+                x, y = (torch.from_numpy(a).to(session.device) for a in session.batches.batch_at(step))
+                precision.backward(session.model(x, y))
+                session.optimizer.zero_grad()
+        lost[policy] = zeroed / total
+        precision.remove()
+    console.print(
+        f"\nfloat16: {lost['fp16; loss_scale=none']:.2%} of the nonzero gradient values become zero without loss scaling, "
+        f"{lost['fp16']:.2%} with it (3 batches, nothing updated)"
+    )

@@ -1,0 +1,81 @@
+"""The config that `mezzo train` takes when it is given none: what this machine can train well in ten minutes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from mezzo.models.gpt_torch import GPT
+from mezzo.models.shapes import GPTConfig, flops_per_token, parameter_count
+from mezzo.policy import Policy
+from mezzo.torch import Precision
+from mezzo.train.config import Config, ModelSection
+
+TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022 (Chinchilla), arXiv 2203.15556: about where compute is best spent
+BUDGET = 600.0  # seconds
+_WIDTHS = (32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A config and, in words, why."""
+
+    config: Config
+    reason: str
+
+
+def shape_of(width: int, vocab_size: int, seq_len: int) -> GPTConfig:
+    """The ladder's rung of that width: layers and heads grow with it."""
+    return GPTConfig(
+        vocab_size=vocab_size, layers=max(2, width // 64), d_model=width, heads=max(1, width // 32), seq_len=seq_len
+    )
+
+
+def choose(base: Config, device: torch.device, budget: float = BUDGET) -> Choice:
+    """The largest model of the ladder that sees 20 tokens a parameter within `budget` seconds at the measured speed.
+
+    base     policy, data and train settings that were given
+    """
+    vocab_size, seq_len = base.data.vocab_size, 128
+    policy = base.resolved_policy()
+    batch = 16 if device.type == "cpu" else 64
+    flops = measured_flops(shape_of(128, vocab_size, seq_len), batch, policy, device)
+    chosen, seconds = None, 0.0
+    for width in _WIDTHS:
+        shape = shape_of(width, vocab_size, seq_len)
+        needed = TOKENS_PER_PARAMETER * parameter_count(shape) * flops_per_token(shape) / flops
+        if chosen is None or needed <= budget:
+            chosen, seconds = shape, needed
+    assert chosen is not None
+    count = parameter_count(chosen)
+    steps = max(1, round(TOKENS_PER_PARAMETER * count / (batch * seq_len)))
+    model = ModelSection(
+        preset="gpt-proof", layers=chosen.layers, d_model=chosen.d_model, heads=chosen.heads, seq_len=seq_len
+    )
+    train = base.train.model_copy(
+        update={"steps": steps, "batch": batch, "warmup": min(100, steps // 10 + 1), "eval_every": max(1, steps // 5),
+                "checkpoint_every": max(1, steps // 5), "sample_every": max(1, steps // 2)}
+    )  # fmt: skip
+    reason = (
+        f"measured: {flops / 1e9:.0f} GFLOP/s in training steps under {policy}; a model of {count:,} parameters "
+        f"({chosen.layers} layers, d {chosen.d_model}) then sees {TOKENS_PER_PARAMETER} tokens a parameter, "
+        f"{steps * batch * seq_len:,} in all, in about {seconds / 60:.0f} minutes"
+    )
+    return Choice(base.model_copy(update={"model": model, "train": train}), reason)
+
+
+def measured_flops(shape: GPTConfig, batch: int, policy: Policy, device: torch.device) -> float:
+    """Useful operations per second in real training steps: the best of three after one to warm up."""
+    model = GPT(replace(shape)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    precision = Precision(model, optimizer, policy)
+    idx = torch.randint(shape.vocab_size, (batch, shape.seq_len + 1), device=device)
+    best = float("inf")
+    for _ in range(4):
+        begin = time.perf_counter()
+        precision.backward(model(idx[:, :-1], idx[:, 1:]))
+        bool(precision.step().skipped)  # waits for the device
+        best = min(best, time.perf_counter() - begin)
+    return flops_per_token(shape) * batch * shape.seq_len / best

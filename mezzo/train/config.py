@@ -1,0 +1,183 @@
+"""The config of a training run: typed, checked, written back whole into the run directory."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mezzo.errors import ConfigError
+from mezzo.models.shapes import GPTConfig, preset
+from mezzo.policy import Policy
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """model.*: a preset, and any of its sizes replaced."""
+
+    preset: str = "gpt-proof"
+    vocab_size: Count | None = None
+    layers: Count | None = None
+    d_model: Count | None = None
+    heads: Count | None = None
+    kv_heads: Count | None = None
+    seq_len: Count | None = None
+    mlp: Literal["swiglu", "gelu"] | None = None
+    mlp_ratio: float | None = None
+    hidden: Count | None = None
+    norm: Literal["rmsnorm", "layernorm"] | None = None
+    norm_eps: float | None = None
+    positions: Literal["rope", "learned"] | None = None
+    rope_theta: float | None = None
+    qk_norm: bool | None = None
+    bias: bool | None = None
+    tied: bool | None = None
+
+    def resolve(self, **more: Any) -> GPTConfig:
+        """The model's shape; `more` replaces further fields."""
+        given = {k: v for k, v in self.model_dump(exclude={"preset"}).items() if v is not None}
+        return preset(self.preset, **(given | more))
+
+
+class DataSection(_Section):
+    """data.*: which text, and how it becomes tokens."""
+
+    corpus: str = "stdlib"
+    text_key: str = "text"
+    vocab_size: Annotated[int, Field(ge=258)] = 4096
+    tokenizer: str | None = None
+    valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    cache: str | None = None
+
+
+class TrainSection(_Section):
+    """train.*: the loop."""
+
+    steps: Count = 1000
+    seed: Annotated[int, Field(ge=0)] = 0
+    batch: Count = 8
+    accumulate: Count = 1
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    min_lr: Share = 0.1
+    warmup: Annotated[int, Field(ge=0)] = 50
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    decay: Share = 0.2
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    clip: Annotated[float, Field(ge=0)] = 1.0  # total norm of the gradients; 0 clips nothing
+    checkpoint_every: Count = 500
+    keep: Count = 2
+    eval_every: Count = 250
+    eval_batches: Count = 20
+    sample_every: Annotated[int, Field(ge=0)] = 0
+    sample_prompt: str = "def "
+    checkpoint_activations: bool = False
+    compile: bool = False
+    tensorboard: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool | None = None
+
+
+class Config(_Section):
+    """Everything needed to run it again."""
+
+    policy: str | dict[str, Any] = "bf16"
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+
+    def resolved_policy(self) -> Policy:
+        return Policy.parse(self.policy) if isinstance(self.policy, str) else Policy.from_dict(self.policy)
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def load(path: str | Path | None = None, settings: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Config:
+    """Read a config.
+
+    path       a TOML file; None starts from `base` or from the defaults
+    settings   `key=value` pairs that win over the file, such as train.steps=200; the value is TOML, or a bare string
+    raises     ConfigError naming the key, what was given and what is possible
+    """
+    data: dict[str, Any] = {key: _copied(value) for key, value in (base or {}).items()}
+    if path is not None:
+        try:
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"no config file {path}; `mezzo train` without one chooses a model for you") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{path} is not a config: {error}") from error
+    seen: set[str] = set()
+    for setting in settings:
+        key = _apply(data, setting)
+        if key in seen:
+            raise ConfigError(f"--set {key} is given twice")
+        seen.add(key)
+    return parse(data)
+
+
+def parse(data: Mapping[str, Any]) -> Config:
+    """Check a config given as nested dicts; ConfigError says what is wrong with which key."""
+    try:
+        config = Config.model_validate(_tuples(data))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(dict(e)) for e in error.errors())) from None
+    config.resolved_policy()
+    config.model.resolve()
+    return config
+
+
+def _apply(data: dict[str, Any], setting: str) -> str:
+    key, equals, text = setting.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"--set takes key=value, such as train.steps=200; got {setting!r}")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *groups, leaf = key.split(".")
+    at = data
+    for group in groups:
+        at = at.setdefault(group, {})
+        if not isinstance(at, dict):
+            raise ConfigError(f"--set {key}: {group} is a value, not a group of keys")
+    at[leaf] = value
+    return key
+
+
+def _copied(value: Any) -> Any:
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _tuples(value: Any) -> Any:
+    """TOML has lists only, and whole numbers where a float was meant; strict checking wants tuples."""
+    if isinstance(value, Mapping):
+        return {k: _tuples(v) if k != "policy" else v for k, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _explain(error: dict[str, Any]) -> str:
+    where = [str(part) for part in error["loc"] if part not in ("str", "dict[str,any]")]
+    key = ".".join(where)
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in where[:-1]:
+            section = section.model_fields[part].annotation
+        known = list(section.model_fields)
+        close = difflib.get_close_matches(where[-1], known, n=1)
+        hint = f"did you mean {'.'.join([*where[:-1], close[0]])}?" if close else f"known: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    return f"{key}: {error['msg']}, got {error['input']!r}"

@@ -1,0 +1,88 @@
+"""Who listens to a run: the loop hands out records and events and does not know what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mezzo.errors import require
+from mezzo.train.rundir import RunDir
+
+Record = dict[str, Any]
+
+
+class Listener:
+    """Does nothing; override what you need.
+
+    A record has the keys step, loss, lr, grad_norm, loss_scale, skipped, tokens, tokens_per_s, mfu, memory, and where
+    they apply: site (of a skipped step), val_loss (under the policy), val_loss_fp32, val_bits_per_byte (of the latter),
+    sample.
+    """
+
+    def started(self, info: Record) -> None:
+        """Once, before the first step: steps, first_step, parameters, policy, device, route, …"""
+
+    def record(self, record: Record) -> None:
+        """After each step, in order; on a GPU one step late."""
+
+    def message(self, text: str) -> None:
+        """Something a person should read: a checkpoint saved or failed, a warning."""
+
+    def ended(self, outcome: str) -> None:
+        """Once: finished, interrupted or failed."""
+
+
+class Listeners(Listener):
+    """Several listeners as one."""
+
+    def __init__(self, listeners: Sequence[Listener]) -> None:
+        self.listeners = listeners
+
+    def started(self, info: Record) -> None:
+        for listener in self.listeners:
+            listener.started(info)
+
+    def record(self, record: Record) -> None:
+        for listener in self.listeners:
+            listener.record(record)
+
+    def message(self, text: str) -> None:
+        for listener in self.listeners:
+            listener.message(text)
+
+    def ended(self, outcome: str) -> None:
+        for listener in self.listeners:
+            listener.ended(outcome)
+
+
+class RunLog(Listener):
+    """Appends each record to the run's steps.jsonl."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+
+    def record(self, record: Record) -> None:
+        self.run.append(record)
+
+
+class TensorBoard(Listener):
+    """Writes the numbers of each record as TensorBoard scalars, samples as text.
+
+    raises    MissingExtraError if tensorboardX is not installed
+    """
+
+    def __init__(self, folder: Path) -> None:
+        module = require("tensorboardX", extra="tensorboard", option="train.tensorboard")
+        self.writer = module.SummaryWriter(str(folder))
+
+    def record(self, record: Record) -> None:
+        step = record["step"]
+        for key, value in record.items():
+            if key == "sample":
+                self.writer.add_text(key, value, step)
+            elif key != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(key, value, step)
+
+    def ended(self, outcome: str) -> None:
+        self.writer.close()

@@ -1,0 +1,402 @@
+"""A training session: from a config to a run directory, or on from its newest checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import platformdirs
+import torch
+
+from mezzo import hardware
+from mezzo.data.batches import Batches, bits_per_byte, valid_batches
+from mezzo.data.shards import Corpus, Progress, prepare
+from mezzo.data.tokenizer import Tokenizer
+from mezzo.errors import ConfigError, MezzoError, NonfiniteError, RunError
+from mezzo.models.gpt_torch import GPT
+from mezzo.models.sampling import generate
+from mezzo.models.shapes import GPTConfig, flops_per_token, padded_vocab, parameter_count
+from mezzo.torch import CONTRACT, Precision
+from mezzo.train import memory
+from mezzo.train.checkpoint import (
+    Checkpoint,
+    copy_into,
+    environment,
+    environment_differences,
+    load_optimizer,
+    newest,
+    optimizer_tensors,
+)
+from mezzo.train.config import Config, parse
+from mezzo.train.listeners import Listener, Listeners, Record, RunLog, TensorBoard
+from mezzo.train.loop import Loop, evaluate
+from mezzo.train.rundir import RunDir
+from mezzo.train.saver import BackgroundSaver, save
+from mezzo.train.schedule import learning_rate
+
+SAMPLE_TOKENS = 64
+TOKENIZER = "tokenizer.json"
+
+
+def prepare_corpus(config: Config, progress: Progress | None = None) -> Corpus:
+    """Token shards of the config's text, made on first use in the cache folder."""
+    d = config.data
+    cache = Path(d.cache) if d.cache else Path(platformdirs.user_cache_dir("mezzo")) / "corpora"
+    return prepare(
+        d.corpus,
+        cache,
+        vocab_size=d.vocab_size,
+        tokenizer_path=d.tokenizer,
+        valid_fraction=d.valid_fraction,
+        text_key=d.text_key,
+        progress=progress,
+    )
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that the config asks for; "auto" takes a GPU if the installed torch can use one.
+
+    raises    ConfigError saying why a GPU that was asked for cannot be used
+    """
+    kind, why = hardware.gpu_status()
+    if wanted == "cuda" and kind == "cpu":
+        raise ConfigError(f"train.device = 'cuda', but {why}; take device = 'cpu', or install a build of torch for it")
+    return torch.device(kind if wanted == "auto" else wanted)
+
+
+def model_config(config: Config, corpus: Corpus) -> GPTConfig:
+    """The model's shape with room for the tokenizer's vocabulary.
+
+    raises    ConfigError if model.vocab_size is smaller than the vocabulary
+    """
+    need = corpus.tokenizer.vocab_size
+    given = config.model.vocab_size
+    if given is not None and given < need:
+        raise ConfigError(f"model.vocab_size = {given} is smaller than the tokenizer's {need}; leave it out to fit it")
+    return config.model.resolve(vocab_size=given or padded_vocab(need))
+
+
+def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
+    """Fused AdamW; matrices and embeddings decay, vectors (norms, biases) do not."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.train.weight_decay}]
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, fused=True)
+
+
+class Session:
+    """Everything a run is made of, ready to train; `start` or `resume` makes one.
+
+    run       RunDir, locked
+    first     the step that comes next
+    """
+
+    def __init__(self, config: Config, run: RunDir, corpus: Corpus, listener: Listener) -> None:
+        t = config.train
+        self.config, self.run, self.corpus = config, run, corpus
+        self.device = choose_device(t.device)
+        self._determinism = t.deterministic if t.deterministic is not None else self.device.type == "cpu"
+        self._outer_determinism = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(self._determinism)
+        self.shape = model_config(config, corpus)
+        self.batches = Batches(
+            corpus.train, batch=t.batch, seq_len=self.shape.seq_len, seed=t.seed, vocab_size=corpus.tokenizer.vocab_size
+        )
+        self.valid = lambda: valid_batches(corpus.valid, t.batch, self.shape.seq_len, t.eval_batches)
+        self.valid()  # a split shorter than a sequence is an error now, not at the first evaluation
+        memory.reset_peak(self.device)
+        self.resting = memory.in_use(self.device)
+        generator = torch.Generator().manual_seed(t.seed)
+        torch.manual_seed(t.seed)
+        self.model = GPT(self.shape, generator=generator, checkpoint_activations=t.checkpoint_activations)
+        self.model.to(self.device)
+        self.optimizer = make_optimizer(self.model, config)
+        self.precision = Precision(
+            self.model, self.optimizer, config.resolved_policy(), max_norm=t.clip if t.clip > 0 else None
+        )
+        self.environment = environment(device=self.device, route=self.precision.routes, contract=CONTRACT)
+        tensorboard = [TensorBoard(run.path / "tensorboard")] if t.tensorboard else []
+        self.listener = Listeners([RunLog(run), *tensorboard, listener])
+        self.first = 0
+        self._stopping = False
+        self._valid_bytes: int | None = None
+
+    # --- starting ---
+
+    @classmethod
+    def start(cls, config: Config, out: str | Path, listener: Listener, corpus: Corpus | None = None) -> Session:
+        """Begin a new run in the folder `out`.
+
+        raises    RunError if there is a run already; ConfigError, DataError
+        """
+        corpus = corpus or prepare_corpus(config)
+        config = _with_vocab(config, model_config(config, corpus).vocab_size)
+        run = RunDir.create(out, config.to_toml(), config.resolved_policy().to_toml())
+        try:
+            run.keep(TOKENIZER, corpus.tokenizer.to_json())
+            run.keep("corpus.json", (corpus.folder / "manifest.json").read_text(encoding="utf-8"))
+            return cls(config, run, corpus, listener)
+        except BaseException:
+            run.discard()  # nothing was trained: the folder can be used again
+            raise
+
+    @classmethod
+    def resume(cls, path: str | Path, config: Config, listener: Listener, corpus: Corpus | None = None) -> Session:
+        """Go on from the newest checkpoint that verifies; from the start if the run has none yet.
+
+        raises    RunError if another process trains in it, or text or model changed; CheckpointError
+        """
+        run = RunDir.open(path, lock=True)
+        try:
+            checkpoint, problems = newest(run)
+            for problem in problems:
+                listener.message(f"not used: {problem}")
+            if checkpoint is None and problems:
+                raise RunError(f"no checkpoint of {run.path} can be used; to begin anew, choose another --out")
+            corpus = corpus or prepare_corpus(config)
+            kept = Tokenizer.load(run.path / TOKENIZER)
+            if kept.to_json() != corpus.tokenizer.to_json():
+                raise RunError(
+                    f"{run.path} was trained with another tokenizer; its text or data.tokenizer changed since"
+                )
+            session = cls(config, run, corpus, listener)
+            if checkpoint is not None:
+                session._load(checkpoint)
+            run.cut_back(session.first)
+            run.keep("config.toml", config.to_toml())
+            run.keep("policy.toml", config.resolved_policy().to_toml())
+            return session
+        except BaseException:
+            run.close()
+            raise
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        meta = checkpoint.meta
+        if meta["corpus"] != self.corpus.sha256:
+            raise RunError(
+                f"{self.run.path} was trained on other text (SHA-256 {meta['corpus'][:12]}…, now "
+                f"{self.corpus.sha256[:12]}…); give the text it was trained on with --data"
+            )
+        copy_into(self.model.state_dict(), checkpoint.load_group("model"), "model")
+        load_optimizer(self.optimizer, checkpoint.load_group("optimizer"), meta["optimizer"])
+        if meta["policy"] == str(self.precision.policy):
+            self.precision.load_state_dict(checkpoint.load_group("precision"))
+        else:
+            self.listener.message(
+                f"the policy was {meta['policy']}, now {self.precision.policy}: a new loss scale begins"
+            )
+        torch.set_rng_state(checkpoint.load_group("rng")["torch"])
+        self.first = checkpoint.step
+        for difference in environment_differences(meta["environment"], self.environment):
+            self.listener.message(f"this resume is not bitwise: {difference}")
+
+    # --- training ---
+
+    def train(self) -> Iterator[Record]:
+        """Train to the end; yields each record. Ends early, with a checkpoint, on SIGTERM or SIGINT.
+
+        raises    NonfiniteError when gradients stay nonfinite; the last good weights are saved first
+        """
+        t = self.config.train
+        saver = BackgroundSaver(
+            self.run,
+            keep=t.keep,
+            on_saved=lambda step, path: self.listener.message(f"saved {path}"),
+            on_failure=lambda step, error: self.listener.message(f"NOT SAVED: {error}"),
+        )
+        model = torch.compile(self.model) if t.compile else self.model
+        loop = Loop(
+            model=model,  # type: ignore[arg-type]
+            precision=self.precision,
+            optimizer=self.optimizer,
+            batch_at=lambda step, micro: self.batches.batch_at(step, micro, t.accumulate),
+            rate_at=self._rate,
+            listener=self.listener,
+            device=self.device,
+            accumulate=t.accumulate,
+            flops_per_token=flops_per_token(self.shape),
+            peak_flops=self.precision.hardware.peak * 1e9,
+            resting=self.resting,
+            each_step=lambda step, record: self._each_step(step, record, saver),
+            due=self._due,
+            stop=lambda: self._stopping,
+        )
+        self.listener.started(self.info())
+        outcome = "failed"
+        try:
+            with self._signals():
+                yield from loop.run(self.first, t.steps)
+            outcome = "interrupted" if self._stopping and self.first < t.steps else "finished"
+        except NonfiniteError:
+            saver.close()
+            save(self.run, self.first, *self._state(), keep=t.keep)
+            raise
+        finally:
+            saver.close()
+            self.listener.ended(outcome)
+            self.close()
+
+    def _rate(self, step: int) -> float:
+        t = self.config.train
+        return learning_rate(
+            step, steps=t.steps, peak=t.lr, warmup=t.warmup, kind=t.schedule, min_lr=t.min_lr, decay=t.decay
+        )
+
+    def _due(self, step: int) -> bool:
+        t = self.config.train
+        every = [t.checkpoint_every, t.eval_every, *([t.sample_every] if t.sample_every else [])]
+        return any(step % n == 0 for n in every)
+
+    def _each_step(self, step: int, record: Record, saver: BackgroundSaver) -> None:
+        t = self.config.train
+        self.first = step
+        last = step == t.steps
+        if step % t.eval_every == 0 or last:
+            record |= self.evaluate()
+        if t.sample_every and (step % t.sample_every == 0 or last):
+            record["sample"] = self.sample(t.sample_prompt)
+        if last or self._stopping:
+            saver.close()
+            save(self.run, step, *self._state(), keep=t.keep)
+            self.listener.message(f"saved step {step}")
+        elif step % t.checkpoint_every == 0:
+            saver.submit(step, *self._state())
+
+    def _state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        optimizer, meta = optimizer_tensors(self.optimizer)
+        groups = {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer,
+            "precision": self.precision.state_dict(),
+            "rng": {"torch": torch.get_rng_state()},
+        }
+        return groups, {
+            "optimizer": meta,
+            "environment": self.environment,
+            "corpus": self.corpus.sha256,
+            "policy": str(self.precision.policy),
+            "saved_at": time.time(),
+        }
+
+    def evaluate(self) -> Record:
+        """Held-out loss under the policy and in float32, and bits per byte of the latter."""
+        under, _ = evaluate(self.model, self.valid(), self.device)
+        with self.precision.using("fp32"):
+            in_fp32, tokens = evaluate(self.model, self.valid(), self.device)
+        if self._valid_bytes is None:
+            lengths = self.corpus.tokenizer.byte_lengths()
+            if lengths is None:
+                split = self.corpus.manifest["splits"]["valid"]
+                self._valid_bytes = round(split["bytes"] * tokens / split["tokens"])
+            else:
+                self._valid_bytes = int(sum(lengths[y].sum() for _, y in self.valid()))
+        return {
+            "val_loss": under,
+            "val_loss_fp32": in_fp32,
+            "val_bits_per_byte": bits_per_byte(in_fp32, tokens, self._valid_bytes),
+        }
+
+    def sample(self, prompt: str, tokens: int = SAMPLE_TOKENS, seed: int = 0) -> str:
+        """A continuation of `prompt`; draws from its own generator, so training is not disturbed."""
+        tokenizer = self.corpus.tokenizer
+        ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+        self.model.eval()
+        try:
+            drawn = generate(
+                self.model, ids, max_new_tokens=tokens, temperature=0.8, top_k=50, seed=seed,
+                eot=tokenizer.eot, vocab_size=tokenizer.vocab_size,
+            )  # fmt: skip
+            return prompt + tokenizer.decode(list(drawn))
+        finally:
+            self.model.train()
+
+    def info(self) -> Record:
+        """What a person wants to know before the first step."""
+        t = self.config.train
+        tokens = t.steps * t.batch * t.accumulate * self.shape.seq_len
+        return {
+            "run": str(self.run.path),
+            "steps": t.steps,
+            "first_step": self.first,
+            "parameters": parameter_count(self.shape),
+            "tokens": tokens,
+            "policy": str(self.precision.policy),
+            "device": str(self.device),
+            "routes": self.precision.routes,
+            "corpus": self.corpus.sha256,
+            "train_tokens": len(self.corpus.train),
+            "valid_tokens": len(self.corpus.valid),
+            "invalid_utf8": self.corpus.manifest["invalid_utf8"],
+        }
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run at the next step boundary, saved; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self._stopping:
+                os._exit(128 + number)
+            self._stopping = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended the run before its last step."""
+        return self._stopping and self.first < self.config.train.steps
+
+    def close(self) -> None:
+        """Let go of the run directory; training can be resumed from it."""
+        torch.use_deterministic_algorithms(self._outer_determinism)
+        self.run.close()
+
+
+def load_run(path: str | Path, policy: str | None = None) -> tuple[GPT, Tokenizer, Precision, Checkpoint]:
+    """The model of a run at its newest good checkpoint, for reading; the text it was trained on is not needed.
+
+    policy    another policy than the run's own
+    raises    RunError if there is no usable checkpoint; CheckpointError if it does not fit the config
+    """
+    run = RunDir.open(path)
+    config = read_config(run)
+    checkpoint, problems = newest(run)
+    if checkpoint is None:
+        raise RunError(f"{path} has no usable checkpoint" + "".join(f"\n  {problem}" for problem in problems))
+    model = GPT(config.model.resolve())
+    precision = Precision(model, None, policy or config.resolved_policy())
+    copy_into(model.state_dict(), checkpoint.load_group("model"), "model")
+    model.eval()
+    return model, Tokenizer.load(run.path / TOKENIZER), precision, checkpoint
+
+
+def _with_vocab(config: Config, vocab_size: int) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
+
+
+def read_config(run: RunDir) -> Config:
+    """The config a run was started with.
+
+    raises    MezzoError if config.toml was edited into something that is not a config
+    """
+    try:
+        return parse(tomllib.loads(run.config_toml()))
+    except (tomllib.TOMLDecodeError, ConfigError) as error:
+        raise MezzoError(f"{run.config_path}: {error}") from error
