@@ -31,7 +31,7 @@ class Hardware:
 
     device  "cpu" or "cuda"
     name    of the processor
-    gflops  format → best rate of a square product of SIZE in GFLOP/s
+    gflops  format → best rate of a square product of SIZE in GFLOP/s, on the CPU by one thread
     peak    dense peak in GFLOP/s: float32's on the CPU, bfloat16's on a GPU, at PEAK_SIZE
     key     what the measurement holds for
     """
@@ -64,9 +64,11 @@ def measure(device: str = "cpu", *, fresh: bool = False) -> Hardware:
     path = Path(platformdirs.user_cache_dir("mezzo")) / f"hardware-{key}.json"
     if not fresh:
         try:
-            return Hardware(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            pass  # never measured, or written by another version
+            found = Hardware(**json.loads(path.read_text()))
+            if found.key == key and all(found.gflops[name] > 0 for name in ("float32", "bfloat16", "float16")):
+                return found
+        except (OSError, ValueError, TypeError, KeyError):
+            pass  # never measured, torn, or written by another version
     found = Hardware(device, name, *_rates(torch.device(device)), key)
     _store(path, asdict(found))
     return found
@@ -117,7 +119,12 @@ def _rates(device: torch.device) -> tuple[dict[str, float], float]:
 
     size = SIZE[device.type]
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    gflops = dict(zip(dtypes, _best_rates([*dtypes.values()], size, device), strict=True))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine threads that wait for each other would hide the difference
+    try:
+        gflops = dict(zip(dtypes, _best_rates([*dtypes.values()], size, device), strict=True))
+    finally:
+        torch.set_num_threads(threads)
     peak_dtype = torch.float32
     if device.type == "cuda":
         peak_dtype = torch.bfloat16
@@ -126,19 +133,24 @@ def _rates(device: torch.device) -> tuple[dict[str, float], float]:
     return gflops, _best_rates([peak_dtype], PEAK_SIZE[device.type], device)[0]
 
 
-def _best_rates(dtypes: list[torch.dtype], size: int, device: torch.device, rounds: int = 7) -> list[float]:
-    """GFLOP/s of a square product in each dtype: the best of interleaved runs, since other load only ever slows."""
+def _best_rates(dtypes: list[torch.dtype], size: int, device: torch.device, rounds: int = 8) -> list[float]:
+    """GFLOP/s of a square product in each dtype: the best of interleaved runs, since other load only ever slows.
+
+    A fast product gets as much time in each round as a slow one, not as many runs: on a busy machine one run in many
+    finds its cores free.
+    """
     import torch
 
     operands = [torch.randn(2, size, size, device=device).to(dtype) for dtype in dtypes]
     best = [float("inf")] * len(dtypes)
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         for i, (a, b) in enumerate(operands):
-            begin = time.perf_counter()
-            torch.mm(a, b)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            best[i] = min(best[i], time.perf_counter() - begin)
+            until = time.perf_counter() + 0.03
+            while (begin := time.perf_counter()) < until:
+                torch.mm(a, b)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                best[i] = min(best[i], time.perf_counter() - begin)
     return [2 * size**3 / seconds / 1e9 for seconds in best]
 
 

@@ -72,12 +72,12 @@ class Policy:
             key, equals, value = (piece.strip() for piece in part.partition("="))
             if not equals:
                 raise ConfigError(f"expected SITE=FORMAT or loss_scale=…, got {part!r} in policy {text!r}")
-            if key.partition(".")[0] == "loss_scale":
+            if ":" in key:
+                rows.append({"site": key, "format": value})
+            elif key.partition(".")[0] == "loss_scale":
                 if key in scale:
                     raise ConfigError(f"{key} is given twice in policy {text!r}")
                 scale[key] = value
-            elif ":" in key:
-                rows.append({"site": key, "format": value})
             else:
                 raise ConfigError(
                     f"unknown key {key!r} in policy {text!r}; known: loss_scale, loss_scale.FIELD, PATH:ROLE"
@@ -132,12 +132,14 @@ class Policy:
             if scaling is None:
                 parts.append("loss_scale=none")
             elif scaling == LossScaling.constant(scaling.init):
-                parts.append(f"loss_scale={scaling.init!r}")
+                parts.append(f"loss_scale={_text(scaling.init)}")
             else:
                 parts.append("loss_scale=dynamic")
                 usual = LossScaling().to_dict()
                 parts += [
-                    f"loss_scale.{key}={value!r}" for key, value in scaling.to_dict().items() if value != usual[key]
+                    f"loss_scale.{key}={_text(value)}"
+                    for key, value in scaling.to_dict().items()
+                    if value != usual[key]
                 ]
         return "; ".join(parts)
 
@@ -191,6 +193,10 @@ def _scale_from_text(keys: Mapping[str, str]) -> object:
             f"loss_scale={kind} leaves nothing for loss_scale.{next(iter(table))} to say; drop one of the two"
         )
     return table or (kind if kind in ("none", "dynamic") else _number(kind))
+
+
+def _text(number: float) -> str:
+    return str(int(number)) if float(number).is_integer() and abs(number) < 2**53 else repr(number)
 
 
 def _number(text: str) -> int | float | str:

@@ -4,4 +4,6 @@ from mezzo.torch.precision import Precision
 from mezzo.torch.sites import SiteRow
 from mezzo.torch.step import Step
 
-__all__ = ["Precision", "SiteRow", "Step"]
+CONTRACT = 1  # version of the numerics contract, docs/numerics.md
+
+__all__ = ["CONTRACT", "Precision", "SiteRow", "Step"]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mezzo.formats import FLOAT32, FLOAT64
 from mezzo.torch.products import Enter, Leave, Matmul, float32_kernels
@@ -23,13 +24,22 @@ from mezzo.torch.rounding import carrier
 from mezzo.torch.table import SiteSpec
 
 _OPERANDS = ("query", "key", "value")
+# What the two products of explicit attention are called to those who listen.
+_SHOWN_SCORES = {
+    "fprop.a": "fprop.query", "fprop.b": "fprop.key", "dgrad.out": "dgrad.query", "wgrad.out": "dgrad.key",
+}  # fmt: skip
+_SHOWN_OUT = {
+    "fprop.a": "fprop.probs", "fprop.b": "fprop.value", "fprop.out": "fprop.out", "dgrad.a": "dgrad.a",
+    "wgrad.out": "dgrad.value",
+}  # fmt: skip
 
 
 def algorithm(spec: SiteSpec, device: torch.device) -> str:
     """Which of the three algorithms attention at this site takes."""
     if "fprop.probs" in spec.formats:
         return "explicit"
-    if spec.route(*(f"fprop.{name}" for name in _OPERANDS)) == "native":
+    # One dtype runs through a native kernel, so the result and the gradient that comes back must have it too.
+    if spec.route(*(f"fprop.{name}" for name in _OPERANDS), "fprop.out", "dgrad.a") == "native":
         return "native"
     return "flash" if device.type == "cpu" and spec.acc is torch.float32 else "emulated"
 
@@ -50,11 +60,10 @@ def attention(
     query       (..., heads, T, E);  key, value (..., heads or kv_heads, S, E)
     returns     (..., heads, T, E) in the carrier of fprop.out
     """
-    if enable_gqa:
-        repeat = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(repeat, -3), value.repeat_interleave(repeat, -3)
+    groups = query.shape[-3] // key.shape[-3] if enable_gqa else 1
     how = algorithm(spec, query.device)
     if how == "explicit":
+        key, value = _repeat(key, groups), _repeat(value, groups)
         return _explicit(spec, query, key, value, attn_mask, dropout_p, is_causal, scale)
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.to(spec.acc if how != "native" else carrier(spec.formats["fprop.query"]))
@@ -63,17 +72,18 @@ def attention(
         and dropout_p == 0.0
         and query.shape[-1] == value.shape[-1]
         and query.shape[0] == key.shape[0] == value.shape[0]
-        and query.shape[1] == key.shape[1] == value.shape[1]
+        and query.shape[1] == key.shape[1] * groups == value.shape[1] * groups
         and attn_mask is None
         and 0 not in (*query.shape, *key.shape)
     )
     if how == "flash" and fits:
-        return FlashCPU.apply(query, key, value, is_causal, scale, spec)  # type: ignore[no-any-return]
+        return FlashCPU.apply(query, key, value, is_causal, scale, groups, spec)  # type: ignore[no-any-return]
     dtype = carrier(spec.formats["fprop.query"]) if how == "native" else spec.acc
     q, k, v = (
         Enter.apply(x, spec, f"fprop.{name}", f"dgrad.{name}", dtype)
         for name, x in zip(_OPERANDS, (query, key, value), strict=True)
     )
+    k, v = _repeat(k, groups), _repeat(v, groups)
     with float32_kernels(spec.formats["fprop.query"].name if how == "native" else "float32", query.device):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
     return Leave.apply(out, spec)  # type: ignore[no-any-return]
@@ -84,32 +94,53 @@ class FlashCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, spec: SiteSpec
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        causal: bool,
+        scale: float | None,
+        groups: int,
+        spec: SiteSpec,
     ) -> Tensor:
         q, k, v = (spec.cast(f"fprop.{name}", x) for name, x in zip(_OPERANDS, (query, key, value), strict=True))
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            spec.wide(q), spec.wide(k), spec.wide(v), 0.0, causal, attn_mask=None, scale=scale
+            *_dense(spec, groups, q, k, v), 0.0, causal, attn_mask=None, scale=scale
         )
         out = spec.cast("fprop.out", out)
         ctx.save_for_backward(q, k, v, out, logsumexp)
-        ctx.spec, ctx.causal, ctx.scale = spec, causal, scale
+        ctx.spec, ctx.causal, ctx.scale, ctx.groups = spec, causal, scale, groups
         ctx.dtypes = query.dtype, key.dtype, value.dtype
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, logsumexp = ctx.saved_tensors
         spec: SiteSpec = ctx.spec
         g = spec.cast("dgrad.a", grads[0])
-        wide = spec.wide
-        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            wide(g), wide(q), wide(k), wide(v), wide(out), logsumexp, 0.0, ctx.causal, attn_mask=None, scale=ctx.scale
+        g, out = _dense(spec, 1, g, out)
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            g, *_dense(spec, ctx.groups, q, k, v), out, logsumexp, 0.0, ctx.causal, attn_mask=None, scale=ctx.scale
         )
+        if ctx.groups > 1:  # summed before the rounding
+            dk, dv = (d.unflatten(1, (-1, ctx.groups)).sum(2) for d in (dk, dv))
         rounded = (
             spec.cast(f"dgrad.{name}", d).to(dtype)
-            for name, d, dtype in zip(_OPERANDS, results, ctx.dtypes, strict=True)
+            for name, d, dtype in zip(_OPERANDS, (dq, dk, dv), ctx.dtypes, strict=True)
         )
-        return (*rounded, None, None, None)
+        return (*rounded, None, None, None, None)
+
+
+def _repeat(x: Tensor, groups: int) -> Tensor:
+    """Each key or value head once for every query head of its group."""
+    return x.repeat_interleave(groups, -3) if groups > 1 else x
+
+
+def _dense(spec: SiteSpec, groups: int, query: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as the flash kernel wants them: float32, one head each, and dense rows, for which it does not look."""
+    wide = (spec.wide(query), *(_repeat(spec.wide(x), groups) for x in keys))
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in wide)
 
 
 def _explicit(
@@ -157,6 +188,6 @@ def _explicit_specs(spec: SiteSpec) -> tuple[SiteSpec, SiteSpec]:
         "wgrad.a": f["dgrad.a"], "wgrad.b": f["fprop.probs"], "wgrad.out": f["dgrad.value"],
     }  # fmt: skip
     return (
-        SiteSpec(spec.path, spec.call, scores, spec.native, spec.hooks),
-        SiteSpec(spec.path, spec.call, out, spec.native, spec.hooks),
+        SiteSpec(spec.path, spec.call, scores, spec.native, spec.hooks, _SHOWN_SCORES),
+        SiteSpec(spec.path, spec.call, out, spec.native, spec.hooks, _SHOWN_OUT),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from mezzo.errors import ConfigError
 from mezzo.torch.attention import attention
@@ -27,6 +29,8 @@ def _linear(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _linear_on(mode: SiteMode, func: Func, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if not _floating(input, weight):
+        return func(input, weight, bias)
     path = mode.weight_path(weight)
     mode.note(path, "product", input, weight)
     spec = mode.table.product(path, mode.call_index(path, "product"))
@@ -46,7 +50,20 @@ def _matmul_spec(mode: SiteMode, a: Tensor, b: Tensor) -> SiteSpec:
     return mode.table.product(mode.path, mode.call_index(mode.path, "product"))
 
 
+def _with_names(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
+    """The positional arguments, and those that were given by keyword; `names` lists each place's spellings."""
+    found = list(args)
+    for spellings in names[len(args) :]:
+        key = next((key for key in spellings.split("|") if key in kwargs), None)
+        if key is None:
+            break
+        found.append(kwargs.pop(key))
+    return tuple(found)
+
+
 def _matmul(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    kwargs = dict(kwargs)
+    args = _with_names(args, kwargs, ("input", "other|mat2|vec|tensor"))
     if len(args) != 2 or kwargs or not _floating(*args) or 0 in (args[0].dim(), args[1].dim()):
         return _refuse_out(mode, func, args, kwargs)
     a, b = args
@@ -71,6 +88,8 @@ def _refuse_out(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[
 
 def _add_matmul(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """addmm, baddbmm, addbmm …: beta·input + alpha·(a·b)."""
+    kwargs = dict(kwargs)
+    args = _with_names(args, kwargs, ("input", "mat1|batch1", "mat2|batch2"))
     base, a, b = args[:3]
     if not _floating(a, b):
         return _refuse_out(mode, func, args, kwargs)
@@ -79,7 +98,9 @@ def _add_matmul(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[
         return func(*args, **kwargs)
     if kwargs.get("out") is not None or len(args) > 3:
         return _refuse_out(mode, func, args, kwargs)
-    return kwargs.get("beta", 1) * base + kwargs.get("alpha", 1) * Matmul.apply(a, b, spec)
+    product = kwargs.get("alpha", 1) * Matmul.apply(a, b, spec)
+    beta = kwargs.get("beta", 1)
+    return product if beta == 0 else beta * base + product  # beta = 0 hides even a NaN in base
 
 
 def _bilinear(op: Func, a_at: int, b_at: int, bias_at: int | None, name: str) -> Handler:
@@ -92,11 +113,13 @@ def _bilinear(op: Func, a_at: int, b_at: int, bias_at: int | None, name: str) ->
         for at in sorted(at for at in (a_at, b_at, bias_at) if at is not None):
             if len(given) == at and names[at] in kwargs:
                 given.append(kwargs.pop(names[at]))
+        if not _floating(given[a_at], given[b_at]):
+            return _refuse_out(mode, func, tuple(given), kwargs)
         a, b = given[a_at], given[b_at]
         bias = given[bias_at] if bias_at is not None and len(given) > bias_at else None
         spec = _matmul_spec(mode, a, b)
         if spec.plain(a, b, bias):
-            return func(*args, **kwargs)
+            return func(*given, **kwargs)
 
         def run(x: Tensor, w: Tensor, c: Tensor | None) -> Tensor:
             call = list(given)
@@ -137,9 +160,35 @@ def _compute(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str
     def convert(x: Any) -> Any:
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-    running = func in _RUNNING  # batch and instance norm write their running statistics: those tensors stay
-    args = tuple(x if running and i in (1, 2) else convert(x) for i, x in enumerate(args))
-    kwargs = {k: v if running and k in ("running_mean", "running_var") else convert(v) for k, v in kwargs.items()}
+    return func(*map(convert, args), **{k: convert(v) for k, v in kwargs.items()})
+
+
+def _running_norm(names: tuple[str, ...]) -> Handler:
+    """Batch and instance norm write their running statistics: those tensors stay, and the weights go with them.
+
+    names   of the first five arguments, in order
+    """
+
+    def handle(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        mode.note(mode.path, "compute", *(given.get(name) for name in names))
+        dtype = mode.table.compute(mode.path)
+        mean = given.get("running_mean")
+        given["input"] = given["input"].to(dtype)
+        for name in ("weight", "bias"):
+            if given.get(name) is not None:
+                given[name] = given[name].to(dtype if mean is None else mean.dtype)
+        return func(*(given.pop(name) for name in names[: len(args)]), *args[len(names) :], **given)
+
+    return handle
+
+
+def _uncovered_product(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A product that no site speaks of: it runs in the widest dtype of its operands, and is listed as not covered."""
+    leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()]
+    mode.note(mode.path, func.__name__, *leaves)
+    widest = functools.reduce(torch.promote_types, (x.dtype for x in leaves), torch.float32)
+    args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to(widest) if x.is_floating_point() else x, (args, kwargs))
     return func(*args, **kwargs)
 
 
@@ -163,7 +212,6 @@ def _composite(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[s
 
 
 _RIGHT_HAND = {Tensor.__rmatmul__}
-_RUNNING = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm}
 
 HANDLERS: dict[Func, Handler] = {
     F.linear: _linear,
@@ -172,10 +220,17 @@ HANDLERS: dict[Func, Handler] = {
     F.embedding_bag: _embedding,
     F.multi_head_attention_forward: _composite,
     torch.einsum: _einsum,
+    torch.tensordot: _bilinear(torch.tensordot, 0, 1, None, "tensordot"),
+    torch.inner: _bilinear(torch.inner, 0, 1, None, "inner"),
+    torch.linalg.vecdot: _bilinear(torch.linalg.vecdot, 0, 1, None, "vecdot"),
+    F.batch_norm: _running_norm(("input", "running_mean", "running_var", "weight", "bias")),
+    F.instance_norm: _running_norm(("input", "running_mean", "running_var", "weight", "bias")),
+    torch.batch_norm: _running_norm(("input", "weight", "bias", "running_mean", "running_var")),
+    torch.instance_norm: _running_norm(("input", "weight", "bias", "running_mean", "running_var")),
 }
 _f: Any
 for _f in (torch.matmul, torch.mm, torch.bmm, torch.mv, torch.dot, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.mv,
-           Tensor.dot, Tensor.__matmul__, Tensor.__rmatmul__):  # fmt: skip
+           Tensor.dot, Tensor.__matmul__, Tensor.__rmatmul__, torch.linalg.matmul):  # fmt: skip
     HANDLERS[_f] = _matmul
 for _f in (torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm):
     HANDLERS[_f] = _add_matmul
@@ -185,8 +240,6 @@ for _name in [
     "layer_norm",
     "rms_norm",
     "group_norm",
-    "batch_norm",
-    "instance_norm",
     "local_response_norm",
     "normalize",
     "softmax",
@@ -218,6 +271,8 @@ for _name in [
 ]:
     HANDLERS[getattr(F, _name)] = _compute
 for _f in (torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax, torch.logsumexp, Tensor.logsumexp,
-           torch.layer_norm, torch.rms_norm, torch.group_norm, torch.batch_norm, torch.instance_norm, torch.cdist,
-           torch.cosine_similarity):  # fmt: skip
+           torch.layer_norm, torch.rms_norm, torch.group_norm, torch.cdist, torch.cosine_similarity):  # fmt: skip
     HANDLERS[_f] = _compute
+for _f in (torch.addmv, torch.addbmm, torch.addr, torch.vdot, torch.chain_matmul, torch.linalg.multi_dot, F.bilinear,
+           torch.bilinear, Tensor.addmv, Tensor.addbmm, Tensor.addr, Tensor.inner, Tensor.vdot):  # fmt: skip
+    HANDLERS[_f] = _uncovered_product

@@ -65,6 +65,7 @@ class SiteMode(TorchFunctionMode):
         self.calls: dict[tuple[str, str], int] = {}
         self.recording: dict[tuple[str, str], Seen] | None = None
         self._noted: Seen | None = None
+        self._met: dict[tuple[str, str], int] = {}  # how often each was noted in this forward pass
         self.owners: dict[int, str] = {}  # id of a parameter → path, for layers used without being called
 
     def __torch_function__(
@@ -76,9 +77,9 @@ class SiteMode(TorchFunctionMode):
             if self.recording is not None:
                 self._note_uncovered(func, args, out)
             return out
-        self._noted = None
+        before = self._noted
         out = handler(self, func, args, kwargs or {})
-        if self._noted is not None and isinstance(out, Tensor):
+        if self._noted is not None and self._noted is not before and isinstance(out, Tensor):
             self._noted.out = tuple(out.shape)
         return out
 
@@ -98,9 +99,10 @@ class SiteMode(TorchFunctionMode):
     def note(self, path: str, kind: str, *tensors: Any) -> None:
         if self.recording is None:
             return
+        self._met[(path, kind)] = met = self._met.get((path, kind), 0) + 1
         seen = self.recording.get((path, kind))
         if seen is not None:
-            seen.calls += 1
+            seen.calls = max(seen.calls, met)
             return
         operands = [t for t in tensors if isinstance(t, Tensor)]
         floats = [t for t in operands if t.is_floating_point()]
@@ -110,9 +112,11 @@ class SiteMode(TorchFunctionMode):
             self.recording[(path, kind)] = self._noted
 
     def _note_uncovered(self, func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
-        if not isinstance(out, Tensor) or not out.is_floating_point() or func in _MOVES:
+        first = out[0] if isinstance(out, tuple) and out else out  # an LSTM gives several
+        if not isinstance(first, Tensor) or not first.is_floating_point() or func in _MOVES:
             return
-        operands = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+        leaves = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+        operands = [a for a in leaves if isinstance(a, Tensor) and a.is_floating_point()]
         if operands and getattr(func, "__name__", "") not in ("__get__", "__set__"):
             self.note(self.path, getattr(func, "__name__", str(func)), *operands)
 
@@ -123,12 +127,14 @@ class Scope:
 
     before  the forward that the instance had of its own
     widen   the module's operation is not covered and wants operands of its parameters' dtype
+    owner   the module uses the parameters of its children without calling them
     """
 
     path: str
     mode: SiteMode
     before: Any = None
     widen: bool = False
+    owner: bool = False
 
     def __deepcopy__(self, memo: Any) -> Scope:
         return self
@@ -136,9 +142,14 @@ class Scope:
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = type(module).forward.__get__(module) if self.before is None else self.before
         if self.widen:
-            args, kwargs = pytree.tree_map_only(Tensor, _to_float32, (args, kwargs))
+            dtype = next(module.parameters()).dtype
+            args, kwargs = pytree.tree_map_only(
+                Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs)
+            )
         mode, outer = self.mode, self.mode.path
         mode.path = self.path
+        if self.owner:  # looked up anew: a copy of the model has parameters of its own
+            mode.owners = {id(p): _join(self.path, n.rpartition(".")[0]) for n, p in module.named_parameters()}
         try:
             if mode.depth:
                 return forward(*args, **kwargs)
@@ -154,13 +165,17 @@ class Scope:
             _check_surroundings(mode, recomputing)
         mode.depth = 1
         mode.calls = {}
+        mode._met = {}
         recording, mode.recording = mode.recording, None if recomputing else mode.recording
+        hooks = mode.table.hooks
+        watching, hooks.watching = hooks.watching, hooks.watching and torch.is_grad_enabled()
         try:
             with mode:
                 out = forward(*args, **kwargs)
         finally:
             mode.depth = 0
             mode.recording = recording
+            hooks.watching = watching
         return out if recomputing else pytree.tree_map_only(Tensor, _to_float32, out)
 
 
@@ -185,21 +200,24 @@ def _scoped_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return self._mezzo_scope.run(self, args, kwargs)  # type: ignore[union-attr, operator]
 
 
+def refuse_attached(model: nn.Module) -> None:
+    if any("_mezzo_scope" in module.__dict__ for module in model.modules()):
+        raise ConfigError("this model is already under a Precision; call its remove() first")
+
+
 def attach(model: nn.Module, table: Table) -> SiteMode:
     """Wrap the forward of every module of the model.
 
     raises    ConfigError if the model is already under a Precision
     """
-    if any("_mezzo_scope" in module.__dict__ for module in model.modules()):
-        raise ConfigError("this model is already under a Precision; call its remove() first")
+    refuse_attached(model)
     mode = SiteMode(table)
     for path, module in model.named_modules():
         # A bound method, not a closure: a deep copy of the model binds it to the copy.
-        scope = Scope(path, mode, module.__dict__.get("forward"), isinstance(module, _UNCOVERED))
+        own = module.__dict__.get("forward")
+        scope = Scope(path, mode, own, isinstance(module, _UNCOVERED), isinstance(module, nn.MultiheadAttention))
         module._mezzo_scope = scope
         module.forward = types.MethodType(_scoped_forward, module)
-        if isinstance(module, nn.MultiheadAttention):  # uses the parameters of its children without calling them
-            mode.owners |= {id(p): _join(path, n.rpartition(".")[0]) for n, p in module.named_parameters()}
     return mode
 
 

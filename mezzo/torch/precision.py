@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from mezzo import hardware
 from mezzo.errors import ConfigError, NonfiniteError
 from mezzo.policy import LossScaling, Policy
-from mezzo.torch.intercept import Seen, attach, detach
+from mezzo.torch.intercept import Seen, attach, detach, refuse_attached
+from mezzo.torch.products import float32_kernels
 from mezzo.torch.scaler import LossScaler
 from mezzo.torch.sites import SiteRow, rows
 from mezzo.torch.step import Step
@@ -50,14 +51,18 @@ class Precision:
         self.policy = Policy.of(policy)
         self.model = model
         self.optimizers = _listed(optimizer)
+        for one in self.optimizers:
+            if isinstance(one, torch.optim.LBFGS):
+                raise ConfigError("LBFGS evaluates the loss several times a step, which step() cannot do; use another")
         self.schedulers = _listed(scheduler)
         if max_norm is not None and not max_norm > 0:
             raise ConfigError(f"max_norm is a positive number or None, got {max_norm!r}")
         self.max_norm = max_norm
         self.device = _device_of(model)
-        self.hooks = Hooks(watching=self.policy.loss_scaling is not None)
+        self.hooks = Hooks(watching=self._always_watches)
         self.hardware = hardware.measure(self.device.type)
         self._tables: dict[str, Table] = {}
+        refuse_attached(model)
         table = self._table(self.policy)
         _make_masters(model, table, self.optimizers)
         self.mode = attach(model, table)
@@ -67,8 +72,11 @@ class Precision:
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.last: Step | None = None
         self.steps = self.skipped = self.bad_run = 0
-        self._buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
-        self._kept = {name: b.clone() for name, b in self._buffers.items()}
+        kept = model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._buffer_names = sorted(name for name, _ in model.named_buffers() if name in kept)
+        self._keep_buffers()
+        # A first step that is skipped must not undo a checkpoint loaded in between.
+        self._on_load = model.register_load_state_dict_post_hook(lambda *_: self._keep_buffers())
 
     # --- training ---
 
@@ -79,7 +87,11 @@ class Precision:
         """
         if loss.dim() != 0:
             raise ConfigError(f"backward takes a loss of one number, got shape {tuple(loss.shape)}; take its mean")
-        (loss.float() if loss.dtype in (torch.bfloat16, torch.float16) else loss).mul(self.scaler.scale).backward()
+        loss = loss.float() if loss.dtype in (torch.bfloat16, torch.float16) else loss
+        # Convolutions and einsum are differentiated by torch, whose kernels read this switch now, not in forward.
+        tf32 = any(rule.fmt.name == "tf32" for rule in self.policy.all_rules())
+        with float32_kernels("tf32" if tf32 else "float32", self.device):
+            loss.mul(self.scaler.scale).backward()
 
     def step(self) -> Step:
         """Unscale, clip, skip if a gradient is not finite, update, zero the gradients.
@@ -95,6 +107,8 @@ class Precision:
         if not owned:
             raise ConfigError("step() found no gradient; call precision.backward(loss) first")
         grads = [p.grad for p in owned if p.grad is not None]
+        if any(g.is_sparse for g in grads):
+            raise ConfigError("step() cannot unscale sparse gradients; make the embeddings with sparse=False")
         norms = torch._foreach_norm(grads)
         scale = self.scaler.scale
         total = torch.linalg.vector_norm(torch.stack([n.to(torch.float64 if n.dtype is torch.float64 else torch.float32)
@@ -120,9 +134,8 @@ class Precision:
         fused = [o for o in self.optimizers if getattr(o, "_step_supports_amp_scaling", False)]
         others = [o for o in self.optimizers if o not in fused]
         if others and not bool(overflow):  # this waits for the device
-            mine = {id(p) for o in others for group in o.param_groups for p in group["params"]}
             theirs = [p.grad for o in others for g in o.param_groups for p in g["params"] if p.grad is not None]
-            if mine and theirs:
+            if theirs:
                 torch._foreach_mul_(theirs, 1.0 / divisor)
             for optimizer in others:
                 optimizer.step()
@@ -136,9 +149,18 @@ class Precision:
     def _roll_back_buffers(self, overflow: Tensor) -> None:
         """A skipped step leaves no trace in running statistics either."""
         with torch.no_grad():
-            for name, buffer in self._buffers.items():
+            for name, buffer in self._buffers():
                 buffer.copy_(torch.where(overflow, self._kept[name], buffer))
                 self._kept[name].copy_(buffer)
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The persistent buffers as they are now: modules may put a new tensor in a buffer's place."""
+        for name in self._buffer_names:
+            buffer = self.model.get_buffer(name)
+            yield name, buffer
+
+    def _keep_buffers(self) -> None:
+        self._kept = {name: buffer.clone() for name, buffer in self._buffers()}
 
     def _finish_last(self) -> None:
         """Act on the outcome of the step before: schedulers, the search for the site, the end of patience."""
@@ -148,7 +170,7 @@ class Precision:
         last.finished = True
         if not last.skipped_now():
             self.bad_run = 0
-            self.hooks.watching = self.policy.loss_scaling is not None
+            self.hooks.watching = self._always_watches
             for scheduler in self.schedulers:
                 scheduler.step()
             return
@@ -162,9 +184,14 @@ class Precision:
             where = f"at the loss scale's floor of {scaling.floor:g}" if scaling else f"under {self.policy}"
             raise NonfiniteError(
                 f"{run} steps in a row had nonfinite gradients {where}; first nonfinite at {last.site}. The weights "
-                f"are those of the last good step. Look for NaN in the data, lower the learning rate, or give that site a "
-                f"wider format, for instance with the rule {last.rule}"
+                f"are those of the last good step. Look for NaN in the data, lower the learning rate, or give that "
+                f"site a wider format, for instance with the rule {last.rule}"
             )
+
+    @property
+    def _always_watches(self) -> bool:
+        """Where overflow is expected, every step is watched; elsewhere only the step after a skipped one."""
+        return self.policy.loss_scaling is not None and bool(self.optimizers)
 
     # --- other tables ---
 
@@ -223,7 +250,11 @@ class Precision:
     # --- state ---
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that must survive a restart besides weights and optimizer: tensors, by name."""
+        """Everything that must survive a restart besides weights, optimizer and scheduler: tensors, by name.
+
+        Waits for the last step's outcome and moves the scheduler by it: take the scheduler's state after this.
+        """
+        self._finish_last()
         counts = {"steps": self.steps, "skipped": self.skipped, "bad_run": self.bad_run}
         return self.scaler.state_dict() | {name: torch.tensor(n) for name, n in counts.items()}
 
@@ -232,12 +263,12 @@ class Precision:
         self.scaler.load_state_dict(state)
         self.steps, self.skipped, self.bad_run = (int(state[key]) for key in ("steps", "skipped", "bad_run"))
         self.last = None
-        for name, buffer in self._buffers.items():
-            self._kept[name].copy_(buffer)
+        self._keep_buffers()
 
     def remove(self) -> None:
         """Give the model its own forward back; its weights stay as they are."""
         detach(self.model)
+        self._on_load.remove()
 
 
 def _listed(given: Any) -> list[Any]:
@@ -258,18 +289,20 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _make_masters(model: nn.Module, table: Table, optimizers: list[Optimizer]) -> None:
     """Store each floating parameter in its master's dtype; float64 masters take the buffers along."""
-    changed = []
+    found: list[tuple[str, Tensor, torch.dtype]] = []
     for path, module in model.named_modules():
-        dtype = table.master(path)
+        master, compute = table.master(path), table.compute(path)
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_floating_point() and parameter.dtype is not dtype:
-                changed.append(f"{path}.{name}")
-                parameter.data = parameter.data.to(dtype)
+            if parameter.is_floating_point() and parameter.dtype is not master:
+                found.append((f"{path}.{name}" if path else name, parameter, master))
         for _, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() and buffer.element_size() < table.compute(path).itemsize:
-                buffer.data = buffer.data.to(table.compute(path))
+            if buffer.is_floating_point() and buffer.element_size() < compute.itemsize:
+                found.append(("", buffer, compute))
+    changed = [name for name, _, _ in found if name]
     if changed and any(optimizer.state for optimizer in optimizers):
         raise ConfigError(
             f"the policy stores {changed[0]} in another dtype, but the optimizer already has moments for it; make the "
             "Precision before the first step"
         )
+    for _, tensor, dtype in found:  # only now: a refused Precision leaves the model as it was
+        tensor.data = tensor.data.to(dtype)

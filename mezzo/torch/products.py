@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mezzo.torch.rounding import carrier
 from mezzo.torch.table import SiteSpec
@@ -82,6 +83,7 @@ class Linear(torch.autograd.Function):
         return multiply(spec, "fprop", a, b, lambda p, q: F.linear(p, q, rounded.to(p.dtype)))
 
     @staticmethod
+    @once_differentiable  # the rounded copies it keeps know nothing of the graph
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         spec: SiteSpec = ctx.spec
@@ -119,18 +121,21 @@ class Matmul(torch.autograd.Function):
         return multiply(spec, "fprop", a, b, torch.matmul)
 
     @staticmethod
+    @once_differentiable  # the rounded copies it keeps know nothing of the graph
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
         spec: SiteSpec = ctx.spec
         dx = dy = None
         if ctx.needs_input_grad[0]:
             g = spec.cast("dgrad.a", grads[0])
-            dx = multiply(spec, "dgrad", g, spec.cast("dgrad.b", y).mT, torch.matmul)
-            dx = _sum_to(dx.to(ctx.dtypes[0]), x.shape)
+            dx = multiply(
+                spec, "dgrad", g, spec.cast("dgrad.b", y), lambda p, q: _sum_to(torch.matmul(p, q.mT), x.shape)
+            ).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             g = spec.cast("wgrad.a", grads[0])
-            dy = multiply(spec, "wgrad", g, spec.cast("wgrad.b", x), lambda p, q: torch.matmul(q.mT, p))
-            dy = _sum_to(dy.to(ctx.dtypes[1]), y.shape)
+            dy = multiply(
+                spec, "wgrad", g, spec.cast("wgrad.b", x), lambda p, q: _sum_to(torch.matmul(q.mT, p), y.shape)
+            ).to(ctx.dtypes[1])
         return dx, dy, None
 
 
@@ -144,6 +149,7 @@ class Enter(torch.autograd.Function):
         return y.view_as(y) if y is x else y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.spec.cast(ctx.grad_role, grads[0]).to(ctx.dtype), None, None, None, None
 
@@ -158,6 +164,7 @@ class Leave(torch.autograd.Function):
         return out.view_as(out) if out is y else out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.spec.cast("dgrad.a", grads[0]).to(ctx.dtype), None
 
@@ -170,7 +177,8 @@ def bilinear(spec: SiteSpec, op: Callable[..., Tensor], a: Tensor, b: Tensor, bi
     spec.require_same(what, "fprop.a", "wgrad.b")
     spec.require_same(what, "fprop.b", "dgrad.b")
     spec.require_same(what, "dgrad.a", "wgrad.a")
-    native = spec.route("fprop.a", "fprop.b") == "native"
+    # One dtype runs through a native kernel, so the result and the gradient that comes back must have it too.
+    native = spec.route("fprop.a", "fprop.b", "fprop.out", "dgrad.a") == "native"
     dtype = carrier(spec.formats["fprop.a"]) if native else spec.acc
     x = Enter.apply(a, spec, "fprop.a", "dgrad.out", dtype)
     w = Enter.apply(b, spec, "fprop.b", "wgrad.out", dtype)

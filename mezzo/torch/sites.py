@@ -54,7 +54,7 @@ def _rows_of(seen: Seen, table: Table) -> Iterator[SiteRow]:
     if seen.kind == "product":
         spec = table.product(seen.path, 0)
         for role, shape in _product_shapes(seen.shapes[0], seen.shapes[1], seen.out).items():
-            yield row(role, shape, spec.formats[role].name, _product_route(spec, role))
+            yield row(role, shape, spec.formats[role].name, _product_route(spec, role, seen.device))
     elif seen.kind == "attention":
         spec = table.attention(seen.path, 0)
         how = algorithm(spec, seen.device)
@@ -72,9 +72,12 @@ def _rows_of(seen: Seen, table: Table) -> Iterator[SiteRow]:
         yield SiteRow(f"{seen.path}:op {seen.kind}", seen.shapes[0], name, "not covered", 0, seen.calls)
 
 
-def _product_route(spec: SiteSpec, role: str) -> str:
+def _product_route(spec: SiteSpec, role: str, device: torch.device) -> str:
     product = role.partition(".")[0]
-    return spec.route(f"{product}.a", f"{product}.b")
+    operands = f"{product}.a", f"{product}.b"
+    if device.type == "cuda":  # tensor cores deliver their float32 sums too
+        return spec.route(*operands)
+    return spec.result_route(f"{product}.out", *operands)
 
 
 def _product_shapes(a: tuple[int, ...], b: tuple[int, ...], out: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

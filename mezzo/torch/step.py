@@ -59,4 +59,4 @@ class Step:
     def rule(self) -> str:
         """A rule that would spare the site."""
         site = self.first_site
-        return f"'{site.path}:*=float32'" if site else "'PATH:*=float32'"
+        return f"'{site.path or '*'}:*=float32'" if site else "'PATH:*=float32'"

@@ -40,12 +40,21 @@ class SiteSpec:
     """The formats of one layer's roles, and how to carry them out.
 
     formats   role → Format
-    routes    product ("fprop", "dgrad", "wgrad") → "native" or "emulated"
+    native    names of the formats that this machine multiplies itself
     acc       dtype that emulated products are computed in
+    shown     role → the role that listeners are told, where it is part of a larger operation; others are not told
     """
 
-    def __init__(self, path: str, call: int, formats: dict[str, Format], native: frozenset[str], hooks: Hooks) -> None:
-        self.path, self.call, self.formats, self.hooks = path, call, formats, hooks
+    def __init__(
+        self,
+        path: str,
+        call: int,
+        formats: dict[str, Format],
+        native: frozenset[str],
+        hooks: Hooks,
+        shown: dict[str, str] | None = None,
+    ) -> None:
+        self.path, self.call, self.formats, self.hooks, self.shown = path, call, formats, hooks, shown
         self.acc = torch.float64 if any(f.name == "float64" for f in formats.values()) else torch.float32
         self.native = native
         names = {f.name for f in formats.values()}
@@ -55,6 +64,10 @@ class SiteSpec:
         """Round `x` to the format of `role`; hand it to whoever listens."""
         y = cast(x, self.formats[role])
         if self.hooks.active and not torch.compiler.is_compiling():
+            if self.shown is not None:
+                if role not in self.shown:
+                    return y
+                role = self.shown[role]
             site = Site(self.path, role, self.call)
             for tap in self.hooks.taps:
                 tap(site, x, y)

@@ -236,10 +236,11 @@ class Session:
         try:
             with self._signals():
                 yield from loop.run(self.first, t.steps)
-            outcome = "interrupted" if self._stopping and self.first < t.steps else "finished"
+                self._save_last(saver)
+            outcome = "interrupted" if self.interrupted else "finished"
         except NonfiniteError:
-            saver.close()
-            save(self.run, self.first, *self._state(), keep=t.keep)
+            if all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+                self._save_last(saver)
             raise
         finally:
             saver.close()
@@ -265,12 +266,13 @@ class Session:
             record |= self.evaluate()
         if t.sample_every and (step % t.sample_every == 0 or last):
             record["sample"] = self.sample(t.sample_prompt)
-        if last or self._stopping:
-            saver.close()
-            save(self.run, step, *self._state(), keep=t.keep)
-            self.listener.message(f"saved step {step}")
-        elif step % t.checkpoint_every == 0:
+        if step % t.checkpoint_every == 0 and not last:
             saver.submit(step, *self._state())
+
+    def _save_last(self, saver: BackgroundSaver) -> None:
+        saver.close()
+        path = save(self.run, self.first, *self._state(), keep=self.config.train.keep)
+        self.listener.message(f"saved {path}")
 
     def _state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         optimizer, meta = optimizer_tensors(self.optimizer)

@@ -191,6 +191,15 @@ def test_one_large_file_becomes_pieces_that_end_at_blank_lines(tmp_path):
     assert all(16_384 <= len(text) < 17_000 for _, text in found[:-1])
 
 
+def test_a_character_that_lies_across_two_reads_is_not_broken(tmp_path):
+    text = "x" + ("天地玄黄" * 10 + "\n") * 10_000  # 121 bytes a line: byte 2**20 is inside a character
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    found, stats = read(tmp_path / "a.txt")
+    assert stats.invalid_utf8 == 0
+    assert stats.duplicates + stats.documents > 10
+    assert set("".join(piece for _, piece in found)) == set("x天地玄黄\n")
+
+
 def test_gzip_and_plain_text_are_cut_alike(tmp_path):
     text = "".join(f"paragraph {i}\n\n" for i in range(100_000))
     (tmp_path / "a.txt").write_text(text)

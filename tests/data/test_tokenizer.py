@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -31,6 +31,7 @@ def foreign(**options):
     return inner
 
 
+@settings(deadline=None)  # a shared machine may be slow for a moment
 @given(st.text())
 def test_any_text_survives_encode_and_decode(text):
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
@@ -90,12 +91,14 @@ def test_an_id_outside_the_vocabulary_is_refused(token):
         TOKENIZER.stream().push(token)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1)))
 def test_a_stream_gives_what_decoding_all_at_once_gives_for_any_ids(ids):
     stream = TOKENIZER.stream()
     assert "".join([*map(stream.push, ids), stream.flush()]) == TOKENIZER.decode(ids)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_a_stream_of_a_text_never_shows_a_character_that_is_not_in_it(text):
     stream = TOKENIZER.stream()
@@ -137,7 +140,7 @@ def test_a_tokenizer_made_elsewhere_is_used_without_its_padding_cutting_and_star
     tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
     assert tokenizer.eot_token == "</s>"
     assert tokenizer.eot == 2
-    assert tokenizer.encode("ab ab").tolist() == [264, 264]
+    assert tokenizer.encode("ab ab ab").tolist() == [264, 264, 264]
     assert tokenizer.byte_lengths() is None
 
 
