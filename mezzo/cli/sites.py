@@ -37,23 +37,26 @@ def sites(source: str, policy: str | None, as_json: bool) -> None:
     for row in rows:
         shape = "×".join(map(str, row.shape)) + (f"  ({row.calls} calls)" if row.calls > 1 else "")
         table.add_row(row.site, shape, row.format, row.route, size(row.bytes) if row.bytes else "")
-    console = Console()
-    Console(width=None if console.is_terminal else 140).print(table)
+    width = None if Console().is_terminal else 140
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def _rows(source: str, policy: str | None) -> list[Any]:
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     from mezzo.models.gpt_torch import GPT
     from mezzo.torch import Precision
     from mezzo.train.config import load
     from mezzo.train.rundir import RunDir
-    from mezzo.train.session import read_config
+    from mezzo.train.session import choose_device
+    from mezzo.train.stored import read_config
 
     path = Path(source)
     config = read_config(RunDir.open(path)) if path.is_dir() else load(path)
     shape = config.model.resolve()
-    with torch.device("meta"):
+    device = choose_device(config.train.device)
+    with FakeTensorMode(), device:  # tensors that have a shape and a device but no data: any model fits
         model = GPT(shape)
         precision = Precision(model, None, policy or config.resolved_policy())
         idx = torch.zeros(config.train.batch, shape.seq_len, dtype=torch.int64)
