@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from mezzo.train.listeners import Listener, Record
 
@@ -31,14 +33,21 @@ def size(count: float) -> str:
 def describe(info: Record) -> str:
     """The lines before the first step."""
     routes = ", ".join(f"{name} {route}" for name, route in info["routes"].items())
-    text = f"{info['train_tokens']:,} tokens to train on, {info['valid_tokens']:,} held out"
+    epochs = info["tokens"] / info["train_tokens"]
+    text = (
+        f"{info['train_tokens']:,} tokens to train on, {info['valid_tokens']:,} held out; SHA-256 {info['corpus'][:16]}…"
+    )
     if info["invalid_utf8"]:
-        text += f"; {info['invalid_utf8']:,} invalid UTF-8 bytes replaced"
+        text += f"\n          {info['invalid_utf8']:,} invalid UTF-8 sequences replaced by U+FFFD"
+    if info["skipped_files"]:
+        more = len(info["skipped_files"]) - 1
+        text += f"\n          not read: {info['skipped_files'][0]}" + (f", and {more:,} more files" if more else "")
     return (
-        f"model     {info['parameters']:,} parameters, {info['tokens'] / info['parameters']:.1f} tokens each over "
-        f"{info['steps']:,} steps\n"
+        f"model     {info['parameters']:,} parameters\n"
+        f"training  {info['steps']:,} steps, {info['tokens']:,} tokens: {epochs:.1f} times the text, "
+        f"{info['tokens'] / info['parameters']:.1f} for each parameter\n"
         f"policy    {info['policy']}   ({routes} on {info['device']})\n"
-        f"text      {text}; SHA-256 {info['corpus'][:16]}…\n"
+        f"text      {text}\n"
         f"run       {info['run']}"
     )
 
@@ -59,16 +68,19 @@ class Progress(Listener):
 
     def started(self, info: Record) -> None:
         self.steps, self.first = info["steps"], info["first_step"]
-        self.console.print(describe(info), highlight=False)
+        self.message(describe(info))
         if self.first:
-            self.console.print(f"resuming after step {self.first:,}", highlight=False)
+            self.message(f"resumed   after step {self.first:,}")
         self.begin = self.last_line = time.perf_counter()
         if self.console.is_terminal:
             self.live = Live(console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
 
     def record(self, record: Record) -> None:
-        self.loss = record["loss"] if self.loss is None else 0.9 * self.loss + 0.1 * record["loss"]
+        if math.isfinite(record["loss"]) and self.loss is not None and math.isfinite(self.loss):
+            self.loss = 0.9 * self.loss + 0.1 * record["loss"]
+        elif self.loss is None or math.isfinite(record["loss"]):
+            self.loss = record["loss"]
         self.val_loss = record.get("val_loss", self.val_loss)
         line = self.line(record)
         if record["skipped"]:
@@ -80,9 +92,9 @@ class Progress(Listener):
         evaluated = "val_loss" in record
         if evaluated or (self.live is None and now - self.last_line >= self.every):
             self.last_line = now
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self.message(line)
         if "sample" in record:
-            self.console.print(f"    {record['sample']!r}", highlight=False, markup=False, soft_wrap=True)
+            self.message(f"    {record['sample']!r}")
 
     def line(self, record: Record) -> str:
         """One record as a line of text."""
@@ -98,11 +110,11 @@ class Progress(Listener):
 
     def _bar(self, step: int, line: str) -> RichTable:
         table = RichTable.grid(padding=(0, 1))
-        table.add_row(ProgressBar(total=self.steps, completed=step, width=24), line)
+        table.add_row(ProgressBar(total=self.steps, completed=step, width=24), Text(line, no_wrap=True))
         return table
 
     def message(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def ended(self, outcome: str) -> None:
         if self.live is not None:

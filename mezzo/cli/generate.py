@@ -26,7 +26,7 @@ def generate(
       mezzo generate runs/first --temperature 0 --tokens 50
     """
     from mezzo.models.sampling import generate as draw
-    from mezzo.train.session import load_run
+    from mezzo.train.stored import load_run
 
     model, tokenizer, _, _ = load_run(run, policy)
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from mezzo.train.session import Session
 
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, try again with --resume
 
@@ -41,75 +46,52 @@ def train(
 
     from mezzo.cli.console import Progress
     from mezzo.errors import ConfigError
+    from mezzo.train.config import load
     from mezzo.train.rundir import RunDir
-    from mezzo.train.session import Session, choose_device, prepare_corpus, read_config
+    from mezzo.train.session import Session, choose_device, prepare_corpus
+    from mezzo.train.stored import read_config
 
     given = [*settings]
+    keys = [setting.partition("=")[0].strip() for setting in settings]
     for option, key, value in (("--policy", "policy", policy), ("--data", "data.corpus", data)):
         if value is not None:
-            if any(s.partition("=")[0].strip() == key for s in settings):
-                raise ConfigError(f"{option} and --set {key} say the same thing; drop one of them")
-            given.append(f"{key}={_toml_string(value)}")
-    console = Console(soft_wrap=True)
+            if twice := [k for k in keys if k == key or k.startswith(f"{key}.")]:
+                raise ConfigError(f"{option} and --set {twice[0]} say the same thing; drop one of them")
+            given.append(f"{key}={json.dumps(value)}")  # a JSON string is a TOML basic string
+    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     listener = Progress(console)
 
     if resume is not None:
         if config is not None or out is not None:
             raise ConfigError("--resume goes on with a run's own config; drop CONFIG and --out, change keys with --set")
-        before = read_config(RunDir.open(resume))
-        now = _load(None, given, before.model_dump(exclude_none=True))
-        _check_resume(before, now)
+        now = load(None, given, read_config(RunDir.open(resume)).model_dump(exclude_none=True))
         session = Session.resume(resume, now, listener)
         if session.first >= now.train.steps:
             session.close()
             console.print(f"nothing to do: {resume} has its {session.first:,} steps; add some with --set train.steps=…")
             return
     else:
-        chosen = _load(config, given)
+        chosen = load(config, given)
         corpus = prepare_corpus(chosen, _stages(console))
         if config is None and not any(s.startswith(("model.", "train.steps")) for s in settings):
             from mezzo.train.auto import choose
 
             choice = choose(chosen, choose_device(chosen.train.device))
-            chosen = _load(None, given, choice.config.model_dump(exclude_none=True))
-            console.print(f"no config: {choice.reason}", highlight=False)
+            chosen = choice.config
+            console.print(f"chosen    {choice.reason}")
         out = out or time.strftime("runs/train-%Y%m%d-%H%M%S")
         session = Session.start(chosen, out, listener, corpus)
     for _ in session.train():
         pass
     if session.interrupted:
-        console.print(
-            f"stopped and saved at step {session.first:,}; go on with: mezzo train --resume {session.run.path}"
-        )
+        console.print(f"stopped and saved after step {session.first:,}; to go on: mezzo train --resume {_quoted(session)}")
         sys.exit(INTERRUPTED)
-    console.print(f'done: {session.run.path}; try: mezzo generate {session.run.path} --prompt "def "', highlight=False)
+    prompt = shlex.quote(session.config.train.sample_prompt)
+    console.print(f"done; try: mezzo generate {_quoted(session)} --prompt {prompt}")
 
 
-def _load(path: str | None, settings: list[str], base: dict[str, Any] | None = None) -> Any:
-    from mezzo.train.config import load
-
-    return load(path, settings, base)
-
-
-def _toml_string(value: str) -> str:
-    import json
-
-    return json.dumps(value)  # a JSON string is a TOML basic string
-
-
-def _check_resume(before: Any, now: Any) -> None:
-    """Model, text and batches make the run; changing them is another run."""
-    from mezzo.errors import RunError
-
-    same: list[tuple[str, Any, Any]] = [("model", before.model, now.model)]
-    same += [
-        (f"data.{k}", getattr(before.data, k), getattr(now.data, k))
-        for k in ("vocab_size", "valid_fraction", "text_key")
-    ]
-    same += [(f"train.{k}", getattr(before.train, k), getattr(now.train, k)) for k in ("seed", "batch", "accumulate")]
-    for key, old, new in same:
-        if old != new:
-            raise RunError(f"--resume cannot change {key} (was {old}, now {new}); start a new run with --out")
+def _quoted(session: Session) -> str:
+    return shlex.quote(str(session.run.path))
 
 
 def _stages(console: Any) -> Any:
@@ -119,6 +101,6 @@ def _stages(console: Any) -> Any:
     def report(stage: str, share: float) -> None:
         if stage not in seen:
             seen.add(stage)
-            console.print(f"text      {stage} …", highlight=False)
+            console.print(f"{stage} …")
 
     return report

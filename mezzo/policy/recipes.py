@@ -3,6 +3,7 @@
 A recipe says what the products' operands are rounded to, what norms, softmax, embeddings and losses compute in, and
 how the weights are stored. Weight gradients stay float32 in every low recipe: their sum over the batch is where 16
 bits lose most, and keeping it is free where the accumulator is float32 (the sums then never pass through 16 bits).
+For the same reason the logits of an output head (`head`, `lm_head`) reach the loss as the accumulator holds them.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ class Recipe:
     loss_scaling: LossScaling | None = None
 
 
-def _rules(operands: str, out: str, wgrad_out: str, compute: str, master: str) -> tuple[Rule, ...]:
+def _rules(operands: str, out: str, sums: str, compute: str, master: str) -> tuple[Rule, ...]:
     table = {
         "*:input": operands,
         "*:weight": operands,
         "*:grad_output": operands,
         "*:out": out,
-        "*:wgrad.out": wgrad_out,
+        "*:wgrad.out": sums,
+        "head:fprop.out": sums,
+        "lm_head:fprop.out": sums,
         "*:compute": compute,
         "*:master": master,
     }

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from mezzo.errors import ConfigError
 from mezzo.torch.attention import attention
-from mezzo.torch.products import Linear, Matmul, bilinear
+from mezzo.torch.products import Matmul, bilinear, linear
 from mezzo.torch.table import SiteSpec
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _linear_on(mode: SiteMode, func: Func, input: Tensor, weight: Tensor, bias: 
         return func(input, weight, bias)
     if weight.dim() != 2:
         return bilinear(spec, F.linear, input, weight, bias, "F.linear with a weight of one dimension")
-    return Linear.apply(input, weight, bias, spec)
+    return linear(spec, input, weight, bias)
 
 
 def _floating(*tensors: Any) -> bool:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -35,18 +34,29 @@ def float32_kernels(fmt: str, device: torch.device) -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-def multiply(spec: SiteSpec, product: str, a: Tensor, b: Tensor, op: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`op(a, b)` on operands already rounded for `product`, its result rounded to `product`.out."""
+def multiply(
+    spec: SiteSpec,
+    product: str,
+    a: Tensor,
+    b: Tensor,
+    op: Callable[[Tensor, Tensor], Tensor] = torch.mm,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`op(a, b)` on operands already rounded for `product`, plus the bias, its result rounded once to `product`.out.
+
+    bias    only with torch.mm
+    """
     operands = f"{product}.a", f"{product}.b"
     fmt = spec.formats[operands[0]].name
-    if spec.result_route(f"{product}.out", *operands) == "native":
-        with float32_kernels(fmt, a.device):
-            return spec.cast(f"{product}.out", op(a, b))
-    if a.is_cuda and spec.route(*operands) == "native" and a.dim() == b.dim() == 2 and op is torch.mm:
-        # Tensor cores sum in float32 and can deliver it: no rounding of the result to 16 bits on the way.
-        return spec.cast(f"{product}.out", torch.mm(a, b, out_dtype=torch.float32))
-    with float32_kernels("float32", a.device):
-        return spec.cast(f"{product}.out", op(spec.wide(a), spec.wide(b)))
+    if spec.result_route(f"{product}.out", *operands) != "native":
+        if a.is_cuda and spec.route(*operands) == "native" and op is torch.mm:
+            # Tensor cores sum in float32 and can deliver it: no rounding of the result to 16 bits on the way.
+            y = torch.mm(a, b, out_dtype=torch.float32)
+            return spec.cast(f"{product}.out", y if bias is None else y + bias)
+        a, b, fmt = spec.wide(a), spec.wide(b), "float32"
+    with float32_kernels(fmt, a.device):
+        y = op(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b)
+    return spec.cast(f"{product}.out", y)
 
 
 def _gradients(spec: SiteSpec, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,12 +71,8 @@ def _gradients(spec: SiteSpec, g: Tensor) -> tuple[Tensor, Tensor]:
     return g_d, g_w
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
 class Linear(torch.autograd.Function):
-    """y = x·wᵀ + bias;  dx = dy·w;  dw = dyᵀ·x."""
+    """y = x·wᵀ + bias;  dx = dy·w;  dw = dyᵀ·x.  x (rows, in), w (out, in), bias (out,)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: SiteSpec) -> Tensor:
@@ -77,10 +83,8 @@ class Linear(torch.autograd.Function):
         ctx.save_for_backward(kept, weight)
         ctx.spec, ctx.x_dtype = spec, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if bias is None:
-            return multiply(spec, "fprop", a, b, F.linear)
-        rounded = spec.cast("fprop.b", bias)
-        return multiply(spec, "fprop", a, b, lambda p, q: F.linear(p, q, rounded.to(p.dtype)))
+        rounded = None if bias is None else spec.cast("fprop.b", bias)
+        return multiply(spec, "fprop", a, b.t(), bias=rounded)
 
     @staticmethod
     @once_differentiable  # the rounded copies it keeps know nothing of the graph
@@ -90,14 +94,18 @@ class Linear(torch.autograd.Function):
         dx = dw = db = None
         g_d, g_w = _gradients(spec, grads[0])
         if ctx.needs_input_grad[0]:
-            dx = multiply(spec, "dgrad", g_d, spec.cast("dgrad.b", weight), torch.matmul).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            g_rows = _rows(g_w)
-            if ctx.needs_input_grad[1]:
-                dw = multiply(spec, "wgrad", g_rows.t(), _rows(spec.cast("wgrad.b", x)), torch.mm).to(weight.dtype)
-            if ctx.needs_input_grad[2]:
-                db = spec.cast("wgrad.out", g_rows.sum(0, dtype=spec.acc)).to(ctx.bias_dtype)
+            dx = multiply(spec, "dgrad", g_d, spec.cast("dgrad.b", weight)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            dw = multiply(spec, "wgrad", g_w.t(), spec.cast("wgrad.b", x)).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            db = spec.cast("wgrad.out", g_w.sum(0, dtype=spec.acc)).to(ctx.bias_dtype)
         return dx, dw, db, None
+
+
+def linear(spec: SiteSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As torch.nn.functional.linear under the table: x (..., in), weight (out, in) → (..., out)."""
+    rows = x.reshape(-1, x.shape[-1])
+    return Linear.apply(rows, weight, bias, spec).view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
 
 def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:

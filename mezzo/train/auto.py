@@ -36,11 +36,11 @@ def shape_of(width: int, vocab_size: int, seq_len: int) -> GPTConfig:
 def choose(base: Config, device: torch.device, budget: float = BUDGET) -> Choice:
     """The largest model of the ladder that sees 20 tokens a parameter within `budget` seconds at the measured speed.
 
-    base     policy, data and train settings that were given
+    base     policy, data and train settings that were given; they are kept
     """
     vocab_size, seq_len = base.data.vocab_size, 128
     policy = base.resolved_policy()
-    batch = 16 if device.type == "cpu" else 64
+    batch = base.train.batch if "batch" in base.train.model_fields_set else 16 if device.type == "cpu" else 64
     flops = measured_flops(shape_of(128, vocab_size, seq_len), batch, policy, device)
     chosen, seconds = None, 0.0
     for width in _WIDTHS:
@@ -50,18 +50,21 @@ def choose(base: Config, device: torch.device, budget: float = BUDGET) -> Choice
             chosen, seconds = shape, needed
     assert chosen is not None
     count = parameter_count(chosen)
-    steps = max(1, round(TOKENS_PER_PARAMETER * count / (batch * seq_len)))
+    tokens_a_step = batch * base.train.accumulate * seq_len
+    steps = max(1, round(TOKENS_PER_PARAMETER * count / tokens_a_step))
     model = ModelSection(
         preset="gpt-proof", layers=chosen.layers, d_model=chosen.d_model, heads=chosen.heads, seq_len=seq_len
     )
-    train = base.train.model_copy(
-        update={"steps": steps, "batch": batch, "warmup": min(100, steps // 10 + 1), "eval_every": max(1, steps // 5),
-                "checkpoint_every": max(1, steps // 5), "sample_every": max(1, steps // 2)}
-    )  # fmt: skip
+    chosen_here = {"steps": steps, "batch": batch, "warmup": min(100, steps // 10 + 1),
+                   "eval_every": max(1, steps // 5), "checkpoint_every": max(1, steps // 5),
+                   "sample_every": max(1, steps // 2)}  # fmt: skip
+    given = base.train.model_fields_set
+    train = base.train.model_copy(update={key: value for key, value in chosen_here.items() if key not in given})
+    minutes = max(1, round(seconds / 60))
     reason = (
         f"measured: {flops / 1e9:.0f} GFLOP/s in training steps under {policy}; a model of {count:,} parameters "
         f"({chosen.layers} layers, d {chosen.d_model}) then sees {TOKENS_PER_PARAMETER} tokens a parameter, "
-        f"{steps * batch * seq_len:,} in all, in about {seconds / 60:.0f} minutes"
+        f"{steps * tokens_a_step:,} in all, in about {minutes} minute{"s" * (minutes > 1)}"
     )
     return Choice(base.model_copy(update={"model": model, "train": train}), reason)
 

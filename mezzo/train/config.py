@@ -20,7 +20,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelSection(_Section):
@@ -133,7 +133,7 @@ def parse(data: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(_tuples(data))
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(dict(e)) for e in error.errors())) from None
+        raise ConfigError("; ".join(dict.fromkeys(_explain(dict(e)) for e in error.errors()))) from None
     config.resolved_policy()
     config.model.resolve()
     return config
@@ -170,7 +170,9 @@ def _tuples(value: Any) -> Any:
 
 
 def _explain(error: dict[str, Any]) -> str:
-    where = [str(part) for part in error["loc"] if part not in ("str", "dict[str,any]")]
+    where = [str(part) for part in error["loc"]]
+    if where[0] == "policy":  # pydantic tells of each form that it might have had
+        return f"policy: a string such as bf16, or a table with recipe, rule, loss_scale; got {error['input']!r}"
     key = ".".join(where)
     if error["type"] == "extra_forbidden":
         section: Any = Config
@@ -178,6 +180,14 @@ def _explain(error: dict[str, Any]) -> str:
             section = section.model_fields[part].annotation
         known = list(section.model_fields)
         close = difflib.get_close_matches(where[-1], known, n=1)
-        hint = f"did you mean {'.'.join([*where[:-1], close[0]])}?" if close else f"known: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
+        if not close:
+            elsewhere = [f"{group}.{where[-1]}" for group in _GROUPS if where[-1] in _GROUPS[group].model_fields]
+            hint = f"did you mean {elsewhere[0]}?" if elsewhere else f"known: {', '.join(known)}"
+            return f"unknown key {key!r}; {hint}"
+        return f"unknown key {key!r}; did you mean {'.'.join([*where[:-1], close[0]])}?"
+    if error["type"] == "model_type":
+        return f"{key} is a group of keys, such as {key}.{next(iter(_GROUPS[key].model_fields))}; got {error['input']!r}"
     return f"{key}: {error['msg']}, got {error['input']!r}"
+
+
+_GROUPS: dict[str, type[_Section]] = {"model": ModelSection, "data": DataSection, "train": TrainSection}

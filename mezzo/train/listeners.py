@@ -73,8 +73,13 @@ class TensorBoard(Listener):
     """
 
     def __init__(self, folder: Path) -> None:
-        module = require("tensorboardX", extra="tensorboard", option="train.tensorboard")
-        self.writer = module.SummaryWriter(str(folder))
+        self.module = require("tensorboardX", extra="tensorboard", option="train.tensorboard")
+        self.folder = folder
+        self.writer: Any = None
+
+    def started(self, info: Record) -> None:
+        # What an interrupted run wrote after the checkpoint that we go on from is taken back.
+        self.writer = self.module.SummaryWriter(str(self.folder), purge_step=info["first_step"] + 1)
 
     def record(self, record: Record) -> None:
         step = record["step"]
@@ -82,7 +87,7 @@ class TensorBoard(Listener):
             if key == "sample":
                 self.writer.add_text(key, value, step)
             elif key != "step" and isinstance(value, int | float):
-                self.writer.add_scalar(key, value, step)
+                self.writer.add_scalar(key, float(value), step)
 
     def ended(self, outcome: str) -> None:
         self.writer.close()

@@ -71,19 +71,27 @@ class Loop:
             outcome = self.precision.step()
             waiting, pending = pending, (step, torch.stack(losses).mean(), outcome, rate, tokens)
             last = step + 1 == steps or self.stop()
-            at_once = self.device.type == "cpu" or last or self.due(step + 1)
+            at_once = not self.late or last or self.due(step + 1)
             for entry in (waiting, pending if at_once else None):
-                if entry is not None:
-                    now = time.perf_counter()
-                    record = self._record(*entry, now - begin)
-                    self.each_step(entry[0] + 1, record)
-                    self.listener.record(record)
-                    yield record
-                    begin = time.perf_counter() if at_once else now
+                if entry is None:
+                    continue
+                float(entry[1])  # waits until the device has done this step
+                now = time.perf_counter()
+                record = self._record(*entry, now - begin)
+                self.each_step(entry[0] + 1, record)
+                self.listener.record(record)
+                yield record
+                # What listeners take is no part of a step, unless the device works on the next one meanwhile.
+                begin = now if entry is waiting else time.perf_counter()
             if at_once:
                 pending = None
             if last:
                 return
+
+    @property
+    def late(self) -> bool:
+        """Whether records are read one step late."""
+        return self.device.type != "cpu"
 
     def _record(self, step: int, loss: Tensor, outcome: Step, rate: float, tokens: int, seconds: float) -> Record:
         speed = tokens / seconds

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +18,7 @@ import torch
 from mezzo import hardware
 from mezzo.data.batches import Batches, bits_per_byte, valid_batches
 from mezzo.data.shards import Corpus, Progress, prepare
-from mezzo.data.tokenizer import Tokenizer
-from mezzo.errors import ConfigError, MezzoError, NonfiniteError, RunError
+from mezzo.errors import CheckpointError, ConfigError, NonfiniteError, RunError
 from mezzo.models.gpt_torch import GPT
 from mezzo.models.sampling import generate
 from mezzo.models.shapes import GPTConfig, flops_per_token, padded_vocab, parameter_count
@@ -35,15 +33,15 @@ from mezzo.train.checkpoint import (
     newest,
     optimizer_tensors,
 )
-from mezzo.train.config import Config, parse
+from mezzo.train.config import Config
 from mezzo.train.listeners import Listener, Listeners, Record, RunLog, TensorBoard
 from mezzo.train.loop import Loop, evaluate
 from mezzo.train.rundir import RunDir
 from mezzo.train.saver import BackgroundSaver, save
 from mezzo.train.schedule import learning_rate
+from mezzo.train.stored import anchored, check_same_settings, check_same_text, keep_corpus, read_config
 
 SAMPLE_TOKENS = 64
-TOKENIZER = "tokenizer.json"
 
 
 def prepare_corpus(config: Config, progress: Progress | None = None) -> Corpus:
@@ -105,9 +103,6 @@ class Session:
         t = config.train
         self.config, self.run, self.corpus = config, run, corpus
         self.device = choose_device(t.device)
-        self._determinism = t.deterministic if t.deterministic is not None else self.device.type == "cpu"
-        self._outer_determinism = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(self._determinism)
         self.shape = model_config(config, corpus)
         self.batches = Batches(
             corpus.train, batch=t.batch, seq_len=self.shape.seq_len, seed=t.seed, vocab_size=corpus.tokenizer.vocab_size
@@ -117,16 +112,22 @@ class Session:
         memory.reset_peak(self.device)
         self.resting = memory.in_use(self.device)
         generator = torch.Generator().manual_seed(t.seed)
-        torch.manual_seed(t.seed)
         self.model = GPT(self.shape, generator=generator, checkpoint_activations=t.checkpoint_activations)
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, config)
         self.precision = Precision(
             self.model, self.optimizer, config.resolved_policy(), max_norm=t.clip if t.clip > 0 else None
         )
-        self.environment = environment(device=self.device, route=self.precision.routes, contract=CONTRACT)
         tensorboard = [TensorBoard(run.path / "tensorboard")] if t.tensorboard else []
         self.listener = Listeners([RunLog(run), *tensorboard, listener])
+        self._outer_determinism = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(
+            t.deterministic if t.deterministic is not None else self.device.type == "cpu"
+        )
+        self.environment = environment(
+            device=self.device, route=self.precision.routes, contract=CONTRACT, compile=t.compile
+        )
+        torch.manual_seed(t.seed)  # only now: nothing above may move what training draws from
         self.first = 0
         self._stopping = False
         self._valid_bytes: int | None = None
@@ -140,11 +141,10 @@ class Session:
         raises    RunError if there is a run already; ConfigError, DataError
         """
         corpus = corpus or prepare_corpus(config)
-        config = _with_vocab(config, model_config(config, corpus).vocab_size)
+        config = anchored(_with_vocab(config, model_config(config, corpus).vocab_size))
         run = RunDir.create(out, config.to_toml(), config.resolved_policy().to_toml())
         try:
-            run.keep(TOKENIZER, corpus.tokenizer.to_json())
-            run.keep("corpus.json", (corpus.folder / "manifest.json").read_text(encoding="utf-8"))
+            keep_corpus(run, corpus)
             return cls(config, run, corpus, listener)
         except BaseException:
             run.discard()  # nothing was trained: the folder can be used again
@@ -158,17 +158,18 @@ class Session:
         """
         run = RunDir.open(path, lock=True)
         try:
+            config = anchored(config)
+            check_same_settings(run, read_config(run), config)
             checkpoint, problems = newest(run)
+            if checkpoint is None and problems:
+                raise RunError(
+                    f"no checkpoint of {run.path} can be used; to begin anew, choose another --out:\n  "
+                    + "\n  ".join(problems)
+                )
             for problem in problems:
                 listener.message(f"not used: {problem}")
-            if checkpoint is None and problems:
-                raise RunError(f"no checkpoint of {run.path} can be used; to begin anew, choose another --out")
             corpus = corpus or prepare_corpus(config)
-            kept = Tokenizer.load(run.path / TOKENIZER)
-            if kept.to_json() != corpus.tokenizer.to_json():
-                raise RunError(
-                    f"{run.path} was trained with another tokenizer; its text or data.tokenizer changed since"
-                )
+            check_same_text(run, corpus)
             session = cls(config, run, corpus, listener)
             if checkpoint is not None:
                 session._load(checkpoint)
@@ -182,11 +183,9 @@ class Session:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         meta = checkpoint.meta
-        if meta["corpus"] != self.corpus.sha256:
-            raise RunError(
-                f"{self.run.path} was trained on other text (SHA-256 {meta['corpus'][:12]}…, now "
-                f"{self.corpus.sha256[:12]}…); give the text it was trained on with --data"
-            )
+        missing = [key for key in ("optimizer", "environment", "policy") if key not in meta]
+        if missing:
+            raise CheckpointError(f"{checkpoint.path} was not written by `mezzo train`: it has no {', '.join(missing)}")
         copy_into(self.model.state_dict(), checkpoint.load_group("model"), "model")
         load_optimizer(self.optimizer, checkpoint.load_group("optimizer"), meta["optimizer"])
         if meta["policy"] == str(self.precision.policy):
@@ -239,8 +238,7 @@ class Session:
                 self._save_last(saver)
             outcome = "interrupted" if self.interrupted else "finished"
         except NonfiniteError:
-            if all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
-                self._save_last(saver)
+            self._save_good(saver)
             raise
         finally:
             saver.close()
@@ -265,7 +263,10 @@ class Session:
         if step % t.eval_every == 0 or last:
             record |= self.evaluate()
         if t.sample_every and (step % t.sample_every == 0 or last):
-            record["sample"] = self.sample(t.sample_prompt)
+            try:
+                record["sample"] = self.sample(t.sample_prompt)
+            except NonfiniteError as error:  # whether training can go on is not for a sample to say
+                self.listener.message(f"no sample: {error}")
         if step % t.checkpoint_every == 0 and not last:
             saver.submit(step, *self._state())
 
@@ -273,6 +274,17 @@ class Session:
         saver.close()
         path = save(self.run, self.first, *self._state(), keep=self.config.train.keep)
         self.listener.message(f"saved {path}")
+
+    def _save_good(self, saver: BackgroundSaver) -> None:
+        """Save the last good weights when training fails, unless they are not good; never hides why it failed."""
+        damaged = [name for name, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())]
+        if damaged:
+            self.listener.message(f"not saved: the weights themselves are not finite, first {damaged[0]}")
+            return
+        try:
+            self._save_last(saver)
+        except CheckpointError as error:
+            self.listener.message(f"NOT SAVED: {error}")
 
     def _state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         optimizer, meta = optimizer_tensors(self.optimizer)
@@ -339,6 +351,7 @@ class Session:
             "train_tokens": len(self.corpus.train),
             "valid_tokens": len(self.corpus.valid),
             "invalid_utf8": self.corpus.manifest["invalid_utf8"],
+            "skipped_files": self.corpus.manifest["skipped"],
         }
 
     @contextmanager
@@ -371,34 +384,5 @@ class Session:
         self.run.close()
 
 
-def load_run(path: str | Path, policy: str | None = None) -> tuple[GPT, Tokenizer, Precision, Checkpoint]:
-    """The model of a run at its newest good checkpoint, for reading; the text it was trained on is not needed.
-
-    policy    another policy than the run's own
-    raises    RunError if there is no usable checkpoint; CheckpointError if it does not fit the config
-    """
-    run = RunDir.open(path)
-    config = read_config(run)
-    checkpoint, problems = newest(run)
-    if checkpoint is None:
-        raise RunError(f"{path} has no usable checkpoint" + "".join(f"\n  {problem}" for problem in problems))
-    model = GPT(config.model.resolve())
-    precision = Precision(model, None, policy or config.resolved_policy())
-    copy_into(model.state_dict(), checkpoint.load_group("model"), "model")
-    model.eval()
-    return model, Tokenizer.load(run.path / TOKENIZER), precision, checkpoint
-
-
 def _with_vocab(config: Config, vocab_size: int) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
-
-
-def read_config(run: RunDir) -> Config:
-    """The config a run was started with.
-
-    raises    MezzoError if config.toml was edited into something that is not a config
-    """
-    try:
-        return parse(tomllib.loads(run.config_toml()))
-    except (tomllib.TOMLDecodeError, ConfigError) as error:
-        raise MezzoError(f"{run.config_path}: {error}") from error
