@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ROOT = "(model)"  # the path of the model itself
+
 PRODUCT_ROLES = tuple(
     f"{product}.{operand}" for product in ("fprop", "dgrad", "wgrad") for operand in ("a", "b", "out")
 )

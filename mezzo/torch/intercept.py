@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 from mezzo.errors import ConfigError
+from mezzo.policy.site import ROOT
 from mezzo.torch.handlers import HANDLERS
 from mezzo.torch.table import Table
 
@@ -52,7 +53,7 @@ class Seen:
 class SiteMode(TorchFunctionMode):
     """Carries the table out while a model's forward runs.
 
-    path       of the module that is running; "" outside
+    path       of the module that is running
     calls      how often each (path, kind) ran in this forward pass: the call index
     recording  None, or where operations are noted
     """
@@ -60,7 +61,7 @@ class SiteMode(TorchFunctionMode):
     def __init__(self, table: Table) -> None:
         super().__init__()
         self.table = table
-        self.path = ""
+        self.path = ROOT
         self.depth = 0
         self.calls: dict[tuple[str, str], int] = {}
         self.recording: dict[tuple[str, str], Seen] | None = None
@@ -93,7 +94,7 @@ class SiteMode(TorchFunctionMode):
     def weight_path(self, weight: Tensor) -> str:
         """The running path, or that of the child that owns the weight but was not itself called."""
         owner = self.owners.get(id(weight), "") if self.owners else ""
-        below = owner and (not self.path or owner.startswith(self.path + "."))
+        below = owner and (self.path == ROOT or owner.startswith(self.path + "."))
         return owner if below else self.path
 
     def note(self, path: str, kind: str, *tensors: Any) -> None:
@@ -215,7 +216,9 @@ def attach(model: nn.Module, table: Table) -> SiteMode:
     for path, module in model.named_modules():
         # A bound method, not a closure: a deep copy of the model binds it to the copy.
         own = module.__dict__.get("forward")
-        scope = Scope(path, mode, own, isinstance(module, _UNCOVERED), isinstance(module, nn.MultiheadAttention))
+        scope = Scope(
+            path or ROOT, mode, own, isinstance(module, _UNCOVERED), isinstance(module, nn.MultiheadAttention)
+        )
         module._mezzo_scope = scope
         module.forward = types.MethodType(_scoped_forward, module)
     return mode
@@ -232,4 +235,4 @@ def detach(model: nn.Module) -> None:
 
 
 def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path and name else path or name
+    return f"{path}.{name}" if path != ROOT and name else name or path

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from mezzo import hardware
 from mezzo.errors import ConfigError, NonfiniteError
 from mezzo.policy import LossScaling, Policy
+from mezzo.policy.site import ROOT
 from mezzo.torch.intercept import Seen, attach, detach, refuse_attached
 from mezzo.torch.products import float32_kernels
 from mezzo.torch.scaler import LossScaler
@@ -208,7 +209,7 @@ class Precision:
     def _table(self, policy: Policy) -> Table:
         key = str(policy)
         if key not in self._tables:
-            policy.check_paths(path for path, _ in self.model.named_modules())
+            policy.check_paths(path or ROOT for path, _ in self.model.named_modules())
             self._tables[key] = Table(policy, self.hardware.native, self.hooks)
         return self._tables[key]
 
@@ -291,7 +292,7 @@ def _make_masters(model: nn.Module, table: Table, optimizers: list[Optimizer]) -
     """Store each floating parameter in its master's dtype; float64 masters take the buffers along."""
     found: list[tuple[str, Tensor, torch.dtype]] = []
     for path, module in model.named_modules():
-        master, compute = table.master(path), table.compute(path)
+        master, compute = table.master(path or ROOT), table.compute(path or ROOT)
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point() and parameter.dtype is not master:
                 found.append((f"{path}.{name}" if path else name, parameter, master))

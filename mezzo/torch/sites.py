@@ -16,8 +16,6 @@ from mezzo.torch.table import SiteSpec, Table
 
 _ITEM = {name: torch.empty(0, dtype=dtype).element_size() for name, dtype in CARRIERS.items()}
 
-ROOT = "(model)"  # how the table shows the path of the model itself, which is empty
-
 
 @dataclass(frozen=True)
 class SiteRow:
@@ -51,7 +49,7 @@ def rows(model: nn.Module, mode: SiteMode, seen: Iterable[Seen]) -> list[SiteRow
 
 def _rows_of(seen: Seen, table: Table) -> Iterator[SiteRow]:
     def row(role: str, shape: tuple[int, ...], fmt: str, route: str) -> SiteRow:
-        return SiteRow(f"{seen.path or ROOT}:{role}", shape, fmt, route, prod(shape) * _ITEM[fmt], seen.calls)
+        return SiteRow(f"{seen.path}:{role}", shape, fmt, route, prod(shape) * _ITEM[fmt], seen.calls)
 
     if seen.kind == "product":
         spec = table.product(seen.path, 0)
@@ -71,7 +69,7 @@ def _rows_of(seen: Seen, table: Table) -> Iterator[SiteRow]:
         yield row("compute", seen.out, table.compute_format(seen.path).name, "native")
     else:
         name = str(seen.dtype).removeprefix("torch.")
-        yield SiteRow(f"{seen.path or ROOT}:op {seen.kind}", seen.shapes[0], name, "not covered", 0, seen.calls)
+        yield SiteRow(f"{seen.path}:op {seen.kind}", seen.shapes[0], name, "not covered", 0, seen.calls)
 
 
 def _product_route(spec: SiteSpec, role: str, device: torch.device) -> str:

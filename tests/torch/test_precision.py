@@ -324,7 +324,7 @@ def test_an_exception_inside_the_model_leaves_nothing_behind():
     want = model(batch(0)[0])
     with pytest.raises(IndexError):
         model(torch.tensor([[99]]))
-    assert (precision.mode.path, precision.mode.depth) == ("", 0)
+    assert (precision.mode.path, precision.mode.depth) == ("(model)", 0)
     assert torch.randn(2, 2).matmul(torch.eye(2)).dtype is torch.float32
     assert torch.equal(model(batch(0)[0]), want)
 
@@ -432,10 +432,10 @@ def test_the_site_table_has_shapes_formats_routes_and_bytes():
     assert (rows["up:wgrad.out"].format, rows["up:wgrad.out"].bytes) == ("float32", 16 * 8 * 4)
     assert (rows["head:fprop.out"].format, rows["head:fprop.out"].route) == ("float32", "native")
     assert rows["(model):fprop.query"].route == "flash"
-    assert (rows[":fprop.probs"].shape, rows[":fprop.probs"].route) == ((4, 1, 6, 6), "kernel")
+    assert (rows["(model):fprop.probs"].shape, rows["(model):fprop.probs"].route) == ((4, 1, 6, 6), "kernel")
     assert (rows["tokens:compute"].shape, rows["tokens:compute"].format) == ((4, 6, 8), "float32")
     assert rows["head.weight:master"].bytes == 11 * 8 * 4
-    assert rows[":op gelu"].route == "not covered"
+    assert rows["(model):op gelu"].route == "not covered"
     assert {row.route for row in rows.values()} == {"emulated", "native", "flash", "kernel", "not covered"}
 
 
@@ -463,9 +463,9 @@ def test_a_tap_hears_every_rounding_while_it_is_open():
     sites = {site for site, _, _ in heard}
     for name in ("up", "down", "head"):
         assert {f"{name}:{p}.{r}" for p in ("fprop", "dgrad", "wgrad") for r in ("a", "b", "out")} <= sites
-    attention = {site for site in sites if site.startswith(":")}
-    assert attention == {f":fprop.{r}" for r in ("query", "key", "value", "probs", "out")} | {
-        f":dgrad.{r}" for r in ("a", "query", "key", "value")
+    attention = {site for site in sites if site.startswith("(model):")}
+    assert attention == {f"(model):fprop.{r}" for r in ("query", "key", "value", "probs", "out")} | {
+        f"(model):dgrad.{r}" for r in ("a", "query", "key", "value")
     }
     assert all(before.shape == after.shape for _, before, after in heard)
     site, before, after = next(x for x in heard if x[0] == "up:fprop.a")

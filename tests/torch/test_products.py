@@ -246,7 +246,7 @@ def test_a_product_that_is_not_covered_runs_in_float32_and_is_listed(product):
     model = Odd()
     precision = Precision(model, policy="bf16")
     assert model(torch.randn(4, 4)).dtype is torch.float32
-    row = next(row for row in precision.sites() if row.site == f":op {product.__name__}")
+    row = next(row for row in precision.sites() if row.site == f"(model):op {product.__name__}")
     assert (row.route, row.format) == ("not covered", "bfloat16" if product is torch.linalg.multi_dot else "float32")
 
 
