@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ def measure(device: str = "cpu", *, fresh: bool = False) -> Hardware:
     name = processor() if device == "cpu" else torch.cuda.get_device_name()
     what = [device, name, torch.__version__, str(torch.get_num_threads()), str(SIZE[device]), str(PEAK_SIZE[device])]
     key = hashlib.sha256("|".join(what).encode()).hexdigest()[:16]
-    path = Path(platformdirs.user_cache_dir("mezzo")) / f"hardware-{key}.json"
+    path = _path(key)
     if not fresh:
         try:
             found = Hardware(**json.loads(path.read_text()))
@@ -69,9 +69,23 @@ def measure(device: str = "cpu", *, fresh: bool = False) -> Hardware:
                 return found
         except (OSError, ValueError, TypeError, KeyError):
             pass  # never measured, torn, or written by another version
-    found = Hardware(device, name, *_rates(torch.device(device)), key)
+    found = Hardware(device, name, _rates(torch.device(device)), _peak_rate(torch.device(device)), key)
     _store(path, asdict(found))
     return found
+
+
+def measure_peak(device: str) -> float:
+    """The dense peak in FLOP/s, measured once more; the best ever seen on this machine counts.
+
+    A machine that was busy when it was first measured would otherwise show an MFU above 1 for ever.
+    """
+    import torch
+
+    known = measure(device)
+    best = max(known.peak, _peak_rate(torch.device(device)))
+    if best > known.peak:
+        _store(_path(known.key), asdict(replace(known, peak=best)))
+    return best * 1e9
 
 
 def processor() -> str:
@@ -114,7 +128,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _rates(device: torch.device) -> tuple[dict[str, float], float]:
+def _rates(device: torch.device) -> dict[str, float]:
     import torch
 
     size = SIZE[device.type]
@@ -125,12 +139,16 @@ def _rates(device: torch.device) -> tuple[dict[str, float], float]:
         gflops = dict(zip(dtypes, _best_rates([*dtypes.values()], size, device), strict=True))
     finally:
         torch.set_num_threads(threads)
-    peak_dtype = torch.float32
-    if device.type == "cuda":
-        peak_dtype = torch.bfloat16
-        if torch.cuda.get_device_capability() >= (8, 0):
-            gflops["tf32"] = gflops["float32"]
-    return gflops, _best_rates([peak_dtype], PEAK_SIZE[device.type], device)[0]
+    if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+        gflops["tf32"] = gflops["float32"]
+    return gflops
+
+
+def _peak_rate(device: torch.device) -> float:
+    import torch
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _best_rates([dtype], PEAK_SIZE[device.type], device)[0]
 
 
 def _best_rates(dtypes: list[torch.dtype], size: int, device: torch.device, rounds: int = 8) -> list[float]:
@@ -152,6 +170,10 @@ def _best_rates(dtypes: list[torch.dtype], size: int, device: torch.device, roun
                     torch.cuda.synchronize()
                 best[i] = min(best[i], time.perf_counter() - begin)
     return [2 * size**3 / seconds / 1e9 for seconds in best]
+
+
+def _path(key: str) -> Path:
+    return Path(platformdirs.user_cache_dir("mezzo")) / f"hardware-{key}.json"
 
 
 def _store(path: Path, data: dict[str, Any]) -> None:

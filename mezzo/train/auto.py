@@ -64,7 +64,7 @@ def choose(base: Config, device: torch.device, budget: float = BUDGET) -> Choice
     reason = (
         f"measured: {flops / 1e9:.0f} GFLOP/s in training steps under {policy}; a model of {count:,} parameters "
         f"({chosen.layers} layers, d {chosen.d_model}) then sees {TOKENS_PER_PARAMETER} tokens a parameter, "
-        f"{steps * tokens_a_step:,} in all, in about {minutes} minute{"s" * (minutes > 1)}"
+        f"{steps * tokens_a_step:,} in all, in about {minutes} minute{'s' * (minutes > 1)}"
     )
     return Choice(base.model_copy(update={"model": model, "train": train}), reason)
 

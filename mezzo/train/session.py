@@ -107,7 +107,6 @@ class Session:
         self.batches = Batches(
             corpus.train, batch=t.batch, seq_len=self.shape.seq_len, seed=t.seed, vocab_size=corpus.tokenizer.vocab_size
         )
-        self.valid = lambda: valid_batches(corpus.valid, t.batch, self.shape.seq_len, t.eval_batches)
         self.valid()  # a split shorter than a sequence is an error now, not at the first evaluation
         memory.reset_peak(self.device)
         self.resting = memory.in_use(self.device)
@@ -224,7 +223,7 @@ class Session:
             device=self.device,
             accumulate=t.accumulate,
             flops_per_token=flops_per_token(self.shape),
-            peak_flops=self.precision.hardware.peak * 1e9,
+            peak_flops=hardware.measure_peak(self.device.type),
             resting=self.resting,
             each_step=lambda step, record: self._each_step(step, record, saver),
             due=self._due,
@@ -301,6 +300,11 @@ class Session:
             "policy": str(self.precision.policy),
             "saved_at": time.time(),
         }
+
+    def valid(self) -> Iterator[Any]:
+        """The held-out batches of an evaluation, always the same ones."""
+        t = self.config.train
+        return valid_batches(self.corpus.valid, t.batch, self.shape.seq_len, t.eval_batches)
 
     def evaluate(self) -> Record:
         """Held-out loss under the policy and in float32, and bits per byte of the latter."""
