@@ -34,14 +34,13 @@ def describe(info: Record) -> str:
     """The lines before the first step."""
     routes = ", ".join(f"{name} {route}" for name, route in info["routes"].items())
     epochs = info["tokens"] / info["train_tokens"]
-    text = (
-        f"{info['train_tokens']:,} tokens to train on, {info['valid_tokens']:,} held out; SHA-256 {info['corpus'][:16]}…"
-    )
+    corpus = info["corpus"][:16]
+    text = f"{info['train_tokens']:,} tokens to train on, {info['valid_tokens']:,} held out; SHA-256 {corpus}…"
     if info["invalid_utf8"]:
         text += f"\n          {info['invalid_utf8']:,} invalid UTF-8 sequences replaced by U+FFFD"
     if info["skipped_files"]:
         more = len(info["skipped_files"]) - 1
-        text += f"\n          not read: {info['skipped_files'][0]}" + (f", and {more:,} more files" if more else "")
+        text += f"\n          not read: {info['skipped_files'][0]}" + (f", and {more:,} more" if more else "")
     return (
         f"model     {info['parameters']:,} parameters\n"
         f"training  {info['steps']:,} steps, {info['tokens']:,} tokens: {epochs:.1f} times the text, "

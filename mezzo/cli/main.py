@@ -21,12 +21,12 @@ def cli() -> None:
 
     \b
     Examples:
-      mezzo demo                                        see bfloat16 train as float32 does, in four minutes
-      mezzo train --policy bf16 --data my-texts/        a model that fits ten minutes on this machine
-      mezzo train config.toml --set train.steps=2000    from a config file
-      mezzo train --resume runs/first                   go on where it stopped
-      mezzo generate runs/first --prompt "def main("
-      mezzo sites runs/first                            what each layer is rounded to
+      mezzo demo                                      bfloat16 beside float32
+      mezzo train --data my-texts/                    a model for ten minutes here
+      mezzo train config.toml --set train.steps=2000  from a config file
+      mezzo train --resume runs/first                 go on where it stopped
+      mezzo generate runs/first --prompt "def main("  continue a text
+      mezzo sites runs/first                          what is rounded to what
     """
 
 

@@ -84,13 +84,15 @@ def train(
     for _ in session.train():
         pass
     if session.interrupted:
-        console.print(f"stopped and saved after step {session.first:,}; to go on: mezzo train --resume {_quoted(session)}")
+        console.print(
+            f"stopped and saved after step {session.first:,}; to go on: mezzo train --resume {_path(session)}"
+        )
         sys.exit(INTERRUPTED)
     prompt = shlex.quote(session.config.train.sample_prompt)
-    console.print(f"done; try: mezzo generate {_quoted(session)} --prompt {prompt}")
+    console.print(f"done; try: mezzo generate {_path(session)} --prompt {prompt}")
 
 
-def _quoted(session: Session) -> str:
+def _path(session: Session) -> str:
     return shlex.quote(str(session.run.path))
 
 

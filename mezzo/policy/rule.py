@@ -59,6 +59,8 @@ class Rule:
         """The roles that this rule speaks of."""
         if self.role in SHORTHANDS:
             return SHORTHANDS[self.role]
+        if self.role in ROLES:
+            return (self.role,)
         return tuple(role for role in ROLES if fnmatchcase(role, self.role))
 
     def matches_path(self, path: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -81,9 +82,17 @@ def _matmul(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _refuse_out(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if kwargs.get("out") is not None:
+    if kwargs.get("out") is not None and not _written_by_inductor():
         raise ConfigError(f"{mode.path}: {func.__name__}(out=…) cannot be rounded by site; drop out=")
     return func(*args, **kwargs)
+
+
+def _written_by_inductor() -> bool:
+    """Whether compiled code is calling, as where a part of the model was compiled: its roundings are in it already."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and "extern_kernels" not in frame.f_globals:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _add_matmul(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -91,13 +100,11 @@ def _add_matmul(mode: SiteMode, func: Func, args: tuple[Any, ...], kwargs: dict[
     kwargs = dict(kwargs)
     args = _with_names(args, kwargs, ("input", "mat1|batch1", "mat2|batch2"))
     base, a, b = args[:3]
-    if not _floating(a, b):
+    if not _floating(a, b) or kwargs.get("out") is not None or len(args) > 3:
         return _refuse_out(mode, func, args, kwargs)
     spec = _matmul_spec(mode, a, b)
     if spec.plain(base, a, b):
         return func(*args, **kwargs)
-    if kwargs.get("out") is not None or len(args) > 3:
-        return _refuse_out(mode, func, args, kwargs)
     product = kwargs.get("alpha", 1) * Matmul.apply(a, b, spec)
     beta = kwargs.get("beta", 1)
     return product if beta == 0 else beta * base + product  # beta = 0 hides even a NaN in base

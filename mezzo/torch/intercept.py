@@ -161,13 +161,14 @@ class Scope:
     def _outermost(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mode = self.mode
         recomputing = False
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             recomputing = torch._C._current_graph_task_id() != -1
             _check_surroundings(mode, recomputing)
         mode.depth = 1
         mode.calls = {}
         mode._met = {}
-        recording, mode.recording = mode.recording, None if recomputing else mode.recording
+        recording, mode.recording = mode.recording, None if recomputing or compiling else mode.recording
         hooks = mode.table.hooks
         watching, hooks.watching = hooks.watching, hooks.watching and torch.is_grad_enabled()
         try:

@@ -209,8 +209,10 @@ class Precision:
     def _table(self, policy: Policy) -> Table:
         key = str(policy)
         if key not in self._tables:
-            policy.check_paths(path or ROOT for path, _ in self.model.named_modules())
-            self._tables[key] = Table(policy, self.hardware.native, self.hooks)
+            paths = [path or ROOT for path, _ in self.model.named_modules()]
+            policy.check_paths(paths)
+            table = self._tables[key] = Table(policy, self.hardware.native, self.hooks)
+            table.resolve(paths)
         return self._tables[key]
 
     # --- looking ---

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mezzo.torch.rounding import carrier
+from mezzo.torch.rounding import carrier, widen
 from mezzo.torch.table import SiteSpec
 
 
@@ -153,7 +153,7 @@ class Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: SiteSpec, role: str, grad_role: str, dtype: torch.dtype) -> Tensor:
         ctx.spec, ctx.grad_role, ctx.dtype = spec, grad_role, x.dtype
-        y = spec.cast(role, x).to(dtype)
+        y = widen(spec.cast(role, x), dtype)
         return y.view_as(y) if y is x else y
 
     @staticmethod
@@ -174,7 +174,7 @@ class Leave(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.spec.cast("dgrad.a", grads[0]).to(ctx.dtype), None
+        return widen(ctx.spec.cast("dgrad.a", grads[0]), ctx.dtype), None
 
 
 def bilinear(spec: SiteSpec, op: Callable[..., Tensor], a: Tensor, b: Tensor, bias: Tensor | None, what: str) -> Tensor:

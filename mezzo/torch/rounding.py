@@ -38,6 +38,14 @@ def cast(x: Tensor, fmt: Format) -> Tensor:
     return _cast(x, fmt)
 
 
+def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in a dtype that holds all its values."""
+    if torch.compiler.is_compiling() and x.dtype in (torch.bfloat16, torch.float16) and x.dtype is not dtype:
+        # As above: a bfloat16 result of the operation before, widened again, would never have been rounded.
+        return torch.ops.mezzo.widen(x, dtype)  # type: ignore[no-any-return]
+    return x.to(dtype)
+
+
 def _cast(x: Tensor, fmt: Format) -> Tensor:
     if x.dtype is torch.float64 and fmt.mantissa_bits < 23:
         x = _round_float64(x, fmt)  # torch casts float64 to 16 bits through float32: two roundings
@@ -73,3 +81,13 @@ def _cast_op(x: Tensor, fmt: str) -> Tensor:
 @_cast_op.register_fake
 def _(x: Tensor, fmt: str) -> Tensor:
     return torch.empty_like(x, dtype=CARRIERS[fmt])
+
+
+@torch.library.custom_op("mezzo::widen", mutates_args=())
+def _widen_op(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
+
+
+@_widen_op.register_fake
+def _(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from mezzo.errors import ConfigError
 from mezzo.formats import FLOAT32, Format
 from mezzo.policy import Policy, Site
 from mezzo.policy.site import ATTENTION_ROLES, PRODUCT_ROLES
-from mezzo.torch.rounding import carrier, cast
+from mezzo.torch.rounding import carrier, cast, widen
 
 Tap = Callable[[Site, Tensor, Tensor], None]
 OUTPUTS = ("fprop.out", "dgrad.out", "wgrad.out", "dgrad.query", "dgrad.key", "dgrad.value")
@@ -77,7 +77,7 @@ class SiteSpec:
 
     def wide(self, x: Tensor) -> Tensor:
         """`x` in the dtype of the emulated product (exact)."""
-        return x.to(self.acc)
+        return widen(x, self.acc)
 
     def route(self, *operands: str) -> str:
         """How a product of these operands runs: natively if the machine has their one format, else emulated."""
@@ -114,6 +114,15 @@ class Table:
         self._products: dict[tuple[str, int], SiteSpec] = {}
         self._attention: dict[tuple[str, int], SiteSpec] = {}
         self._compute: dict[str, torch.dtype] = {}
+
+    def resolve(self, paths: Iterable[str]) -> None:
+        """Look all of `paths` up now: a compiler that met the look-up inside of a model would trace it."""
+        calls = {0, *(int(rule.path.partition("#")[2]) for rule in self.policy.all_rules() if rule.by_call)}
+        for path in paths:
+            self.compute(path)
+            for call in calls:
+                self.product(path, call)
+                self.attention(path, call)
 
     def product(self, path: str, call: int) -> SiteSpec:
         return self._spec(self._products, PRODUCT_ROLES, path, call)

@@ -186,7 +186,9 @@ def _explain(error: dict[str, Any]) -> str:
             return f"unknown key {key!r}; {hint}"
         return f"unknown key {key!r}; did you mean {'.'.join([*where[:-1], close[0]])}?"
     if error["type"] == "model_type":
-        return f"{key} is a group of keys, such as {key}.{next(iter(_GROUPS[key].model_fields))}; got {error['input']!r}"
+        return (
+            f"{key} is a group of keys, such as {key}.{next(iter(_GROUPS[key].model_fields))}; got {error['input']!r}"
+        )
     return f"{key}: {error['msg']}, got {error['input']!r}"
 
 

@@ -78,8 +78,10 @@ class TensorBoard(Listener):
         self.writer: Any = None
 
     def started(self, info: Record) -> None:
-        # What an interrupted run wrote after the checkpoint that we go on from is taken back.
-        self.writer = self.module.SummaryWriter(str(self.folder), purge_step=info["first_step"] + 1)
+        # What an interrupted run wrote after the checkpoint that we go on from is taken back. The suffix keeps apart
+        # two starts within one second, which would have one file name.
+        first = info["first_step"]
+        self.writer = self.module.SummaryWriter(str(self.folder), purge_step=first + 1, filename_suffix=f".{first:06d}")
 
     def record(self, record: Record) -> None:
         step = record["step"]

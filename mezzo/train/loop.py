@@ -55,7 +55,7 @@ class Loop:
         On a GPU a record is read one step late, so that the host never waits for the step it has just queued.
         """
         pending: tuple[int, Tensor, Step, float, int] | None = None
-        begin = time.perf_counter()
+        begin, each = time.perf_counter(), 0.0
         for step in range(first, steps):
             rate = self.rate_at(step)
             for group in self.optimizer.param_groups:
@@ -72,19 +72,19 @@ class Loop:
             waiting, pending = pending, (step, torch.stack(losses).mean(), outcome, rate, tokens)
             last = step + 1 == steps or self.stop()
             at_once = not self.late or last or self.due(step + 1)
-            for entry in (waiting, pending if at_once else None):
-                if entry is None:
-                    continue
-                float(entry[1])  # waits until the device has done this step
+            entries = [entry for entry in (waiting, pending if at_once else None) if entry is not None]
+            if entries:
+                float(entries[-1][1])  # waits until the device has done these steps
                 now = time.perf_counter()
-                record = self._record(*entry, now - begin)
+                each, begin = (now - begin) / len(entries), now
+            for entry in entries:
+                record = self._record(*entry, each)
                 self.each_step(entry[0] + 1, record)
                 self.listener.record(record)
                 yield record
-                # What listeners take is no part of a step, unless the device works on the next one meanwhile.
-                begin = now if entry is waiting else time.perf_counter()
             if at_once:
                 pending = None
+                begin = time.perf_counter()  # the device waited: what listeners took is no part of the next step
             if last:
                 return
 

@@ -108,6 +108,7 @@ class Session:
             corpus.train, batch=t.batch, seq_len=self.shape.seq_len, seed=t.seed, vocab_size=corpus.tokenizer.vocab_size
         )
         self.valid()  # a split shorter than a sequence is an error now, not at the first evaluation
+        self.peak_flops = hardware.measure_peak(self.device.type)
         memory.reset_peak(self.device)
         self.resting = memory.in_use(self.device)
         generator = torch.Generator().manual_seed(t.seed)
@@ -223,7 +224,7 @@ class Session:
             device=self.device,
             accumulate=t.accumulate,
             flops_per_token=flops_per_token(self.shape),
-            peak_flops=hardware.measure_peak(self.device.type),
+            peak_flops=self.peak_flops,
             resting=self.resting,
             each_step=lambda step, record: self._each_step(step, record, saver),
             due=self._due,
@@ -267,23 +268,29 @@ class Session:
             except NonfiniteError as error:  # whether training can go on is not for a sample to say
                 self.listener.message(f"no sample: {error}")
         if step % t.checkpoint_every == 0 and not last:
-            saver.submit(step, *self._state())
+            if damaged := self._damaged():
+                self.listener.message(f"NOT SAVED at step {step:,}: {damaged} is not finite; older checkpoints stay")
+            else:
+                saver.submit(step, *self._state())
 
     def _save_last(self, saver: BackgroundSaver) -> None:
         saver.close()
+        if damaged := self._damaged():
+            what = f"after step {self.first:,} the weights themselves are not finite, first {damaged}"
+            raise NonfiniteError(f"{what}; lower the learning rate, and go on from the newest checkpoint with --resume")
         path = save(self.run, self.first, *self._state(), keep=self.config.train.keep)
         self.listener.message(f"saved {path}")
 
     def _save_good(self, saver: BackgroundSaver) -> None:
         """Save the last good weights when training fails, unless they are not good; never hides why it failed."""
-        damaged = [name for name, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())]
-        if damaged:
-            self.listener.message(f"not saved: the weights themselves are not finite, first {damaged[0]}")
-            return
         try:
             self._save_last(saver)
-        except CheckpointError as error:
+        except (CheckpointError, NonfiniteError) as error:
             self.listener.message(f"NOT SAVED: {error}")
+
+    def _damaged(self) -> str | None:
+        """The first parameter that is not finite: such weights must not take a good checkpoint's place."""
+        return next((name for name, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())), None)
 
     def _state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         optimizer, meta = optimizer_tensors(self.optimizer)

@@ -73,7 +73,9 @@ def check_same_text(run: RunDir, corpus: Corpus) -> None:
     try:
         then = str(json.loads((run.path / CORPUS).read_text(encoding="utf-8"))["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{run.path / CORPUS} cannot be read ({error!r}): nobody knows what the run trained on") from error
+        raise RunError(
+            f"{run.path / CORPUS} cannot be read ({error!r}): nobody knows what the run trained on"
+        ) from error
     if then != corpus.sha256:
         raise RunError(
             f"{run.path} was trained on other text (SHA-256 {then[:12]}…, now {corpus.sha256[:12]}…): the text changed "

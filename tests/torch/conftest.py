@@ -13,5 +13,9 @@ def _same_start():
 
 @pytest.fixture
 def slow_16_bits(monkeypatch):
-    """A CPU that emulates 16-bit products, whatever the machine is."""
+    """A CPU that emulates 16-bit products, whatever the machine is; one thread, for tensors this small gain by none."""
     monkeypatch.setattr(hardware, "measure", lambda device="cpu", **_: SLOW_16_BITS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

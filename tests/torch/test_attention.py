@@ -93,6 +93,8 @@ def test_attention_is_float32_attention_between_rounded_operands_and_its_results
     out_fmt = "float32" if policy == "tf32" else fmt
     got, route = run(policy, q, k, v, g, **kwargs)
     assert route == "flash"
+    for result in got:
+        assert torch.equal(result, rounded(result, out_fmt).float())
     q, k, v, g = (rounded(x, fmt) for x in (q, k, v, g))
     for name, mine, exact in zip(("out", "dq", "dk", "dv"), got, reference(q, k, v, g, **kwargs), strict=True):
         # backward uses the result as kept, rounded: its part in a gradient is the sum of g * out over E

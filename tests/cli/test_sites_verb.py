@@ -1,0 +1,70 @@
+"""`mezzo sites`: what every tensor is rounded to, for a run or a config, without weights or text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from in_process import Mezzo
+
+COLUMNS = ["site", "shape", "format", "route", "bytes"]
+
+
+def test_a_table_of_a_run_names_each_site_its_shape_format_route_and_bytes(mezzo: Mezzo, trained: Path) -> None:
+    done = mezzo("sites", str(trained))
+    assert (done.code, done.err) == (0, "")
+    head, *lines = done.out.splitlines()
+    assert head.split() == COLUMNS
+    row = next(line.split() for line in lines if line.startswith("blocks.0.mlp.up:fprop.b "))
+    assert row[:3] == ["blocks.0.mlp.up:fprop.b", "128×32", "bfloat16"]
+    assert row[3] in ("native", "emulated")
+    assert row[4:] == ["8", "KiB"], "128 × 32 × 2 bytes"
+    assert any(line.startswith("norm.weight:master") for line in lines)
+
+
+def test_a_config_gives_the_table_too_and_json_parses(mezzo: Mezzo, config: str) -> None:
+    done = mezzo("sites", config, "--json")
+    assert (done.code, done.err) == (0, "")
+    rows = {row["site"]: row for row in json.loads(done.out)}
+    assert list(rows["head:fprop.a"]) == [*COLUMNS, "calls"]
+    size = {"bfloat16": 2, "float32": 4}
+    for row in rows.values():
+        if row["bytes"]:
+            count = 1
+            for n in row["shape"]:
+                count *= n
+            assert row["bytes"] == count * size[row["format"]], row
+    assert rows["blocks.0.attn.qkv:fprop.a"]["shape"] == [2, 32, 32], "the config's batch and sequence"
+    assert rows["blocks.0.attn.qkv:fprop.a"]["format"] == "bfloat16"
+    assert rows["blocks.0.attn.qkv:wgrad.out"]["format"] == "float32"
+
+
+def test_another_policy_shows_its_own_table(mezzo: Mezzo, config: str) -> None:
+    done = mezzo("sites", config, "--json", "--policy", "fp16; *.q[kv]*:*=float32")
+    rows = {row["site"]: row["format"] for row in json.loads(done.out)}
+    assert rows["blocks.0.attn.qkv:fprop.b"] == "float32"
+    assert rows["blocks.0.mlp.up:fprop.b"] == "float16"
+
+
+def test_the_largest_preset_fits_because_no_weight_is_made(mezzo: Mezzo, tmp_path: Path) -> None:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (tmp_path / "big.toml").write_text('model = {preset = "gpt2-1.5b"}')
+    done = mezzo("sites", "big.toml", "--json")
+    assert (done.code, done.err) == (0, "")
+    rows = {row["site"]: row for row in json.loads(done.out)}
+    assert rows["blocks.47.mlp.up.weight:master"]["bytes"] == 4 * 6400 * 1600
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 1 << 20, "KiB: its weights alone are 6 GB"
+
+
+def test_what_cannot_be_shown_is_one_clear_error(mezzo: Mezzo, config: str, tmp_path: Path) -> None:
+    done = mezzo("sites", "none.toml")
+    assert done.code == 2
+    assert "Path 'none.toml' does not exist" in done.err
+    done = mezzo("sites", config, "--policy", "bf16; nowhere:*=float32")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("mezzo: error: the rule 'nowhere:*=float32' matches nothing in this model")
+    (tmp_path / "folder").mkdir()
+    assert mezzo("sites", "folder").err.startswith("mezzo: error: folder is not a run")

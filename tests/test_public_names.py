@@ -1,0 +1,31 @@
+import pytest
+
+import mezzo
+import mezzo.formats
+import mezzo.policy
+import mezzo.torch
+
+FORMATS = {"BFLOAT16", "FLOAT16", "FLOAT32", "FLOAT64", "FORMATS", "Format", "TF32", "get_format", "quantize"}
+PUBLIC = {
+    mezzo: {"RECIPES", "Format", "LossScaling", "MezzoError", "Policy", "Rule", "Site", "__version__", "get_format",
+            "quantize"},
+    mezzo.formats: FORMATS,
+    mezzo.policy: {"LossScaling", "Policy", "RECIPES", "Recipe", "Rule", "ScaleState", "Site"},
+    mezzo.torch: {"CONTRACT", "FastCpu", "Precision", "SiteRow", "Step", "fast_cpu"},
+}  # fmt: skip
+
+
+def test_the_public_names_are_these_and_exist():
+    for module, names in PUBLIC.items():
+        assert set(module.__all__) == names, module.__name__
+        assert all(hasattr(module, name) for name in names)
+
+
+def test_the_package_has_at_most_fifteen_public_names():
+    assert len(mezzo.__all__) <= 15
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    assert mezzo.torch.Precision is not None
+    with pytest.raises(AttributeError, match="module 'mezzo' has no attribute 'jaxx'"):
+        mezzo.jaxx  # noqa: B018

@@ -1,0 +1,159 @@
+"""A config: every field survives its TOML, nothing is taken that means nothing, and errors name key and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from mezzo.errors import ConfigError
+from mezzo.policy import Policy
+from mezzo.train.config import Config, DataSection, ModelSection, TrainSection, load, parse
+
+# Every field with a value that is not its default.
+EVERY: dict[str, Any] = {
+    "policy": {"recipe": "fp16", "rule": [{"site": "head:*", "format": "float32"}], "loss_scale": {"init": 1024.0}},
+    "model": {
+        "preset": "gpt-tiny", "vocab_size": 512, "layers": 3, "d_model": 48, "heads": 4, "kv_heads": 2, "seq_len": 16,
+        "mlp": "gelu", "mlp_ratio": 2.5, "hidden": 80, "norm": "layernorm", "norm_eps": 1e-6, "positions": "learned",
+        "rope_theta": 500.0, "qk_norm": True, "bias": True, "tied": False,
+    },
+    "data": {
+        "corpus": "some folder/*.txt", "text_key": "body", "vocab_size": 300, "tokenizer": "tokenizer.json",
+        "valid_fraction": 0.25, "cache": "/tmp/cache",
+    },
+    "train": {
+        "steps": 7, "seed": 3, "batch": 2, "accumulate": 4, "lr": 0.1, "min_lr": 0.0, "warmup": 1, "schedule": "wsd",
+        "decay": 0.5, "weight_decay": 0.0, "betas": [0.8, 0.99], "clip": 0.0, "checkpoint_every": 2, "keep": 5,
+        "eval_every": 3, "eval_batches": 4, "sample_every": 6, "sample_prompt": "\"ein\"\nmal 春", "device": "cpu",
+        "checkpoint_activations": True, "compile": True, "tensorboard": True, "deterministic": False,
+    },
+}  # fmt: skip
+
+
+def test_every_field_survives_a_round_trip_through_toml(tmp_path: Path) -> None:
+    config = parse(EVERY)
+    for section, given in (("model", config.model), ("data", config.data), ("train", config.train)):
+        assert set(EVERY[section]) == set(type(given).model_fields), "a field is missing in EVERY above"
+        for name, field in type(given).model_fields.items():
+            assert getattr(given, name) != field.default, f"{section}.{name} is its default: the test would miss it"
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert load(path) == config
+    assert load(path).to_toml() == config.to_toml()
+
+
+def test_the_defaults_survive_it_too(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(Config().to_toml())
+    assert load(path) == load() == Config()
+    path.write_text("")
+    assert load(path) == Config()
+
+
+def test_a_config_with_only_defaults_is_the_proof_model_in_bf16_on_the_standard_library() -> None:
+    config = load()
+    assert (config.policy, config.model.preset, config.train.batch, config.data.corpus) == (
+        "bf16", "gpt-proof", 8, "stdlib",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("section", [ModelSection, DataSection, TrainSection, Config])
+def test_a_config_cannot_be_changed_in_place(section: type[BaseModel]) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(section(), next(iter(section.model_fields)), None)
+
+
+def test_settings_win_over_the_file_and_leave_it_alone(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("policy = 'fp16'\n[train]\nsteps = 5\nbatch = 3\n")
+    config = load(path, ["train.steps=6", "model.preset=gpt-tiny", "train.sample_prompt=The cat"])
+    assert (config.train.steps, config.train.batch, config.policy) == (6, 3, "fp16")
+    assert (config.model.preset, config.train.sample_prompt) == ("gpt-tiny", "The cat")
+    base = {"train": {"steps": 5}}
+    assert load(None, ["train.steps=6"], base).train.steps == 6
+    assert base == {"train": {"steps": 5}}
+
+
+def test_whole_numbers_are_taken_where_a_fraction_is_meant() -> None:
+    assert load(None, ["train.lr=1", "train.betas=[0, 0]"]).train.lr == 1.0
+
+
+def test_a_policy_may_be_a_string_or_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('[policy]\nrecipe = "bf16"\n[[policy.rule]]\nsite = "head:*"\nformat = "float32"\n')
+    assert load(path).resolved_policy() == Policy.parse("bf16; head:*=float32")
+    assert load(None, ['policy="bf16; head:*=float32"']).resolved_policy() == load(path).resolved_policy()
+
+
+WRONG = {
+    "train.step=5": "unknown key 'train.step'; did you mean train.steps?",
+    "steps=5": "unknown key 'steps'; did you mean train.steps?",
+    "trian.steps=5": "unknown key 'trian'; did you mean train?",
+    "model.dropout=0.1": "unknown key 'model.dropout'; known: preset, vocab_size, layers,",
+    "data.str=1": "unknown key 'data.str'; known: corpus,",
+    "train.steps=many": "train.steps: Input should be a valid integer, got 'many'",
+    "train.steps=0": "train.steps: Input should be greater than or equal to 1, got 0",
+    "train.steps=2.0": "train.steps: Input should be a valid integer, got 2.0",
+    "train.steps=true": "train.steps: Input should be a valid integer, got True",
+    "train.lr=fast": "train.lr: Input should be a valid number, got 'fast'",
+    "train.lr=inf": "train.lr: Input should be a finite number, got inf",
+    "train.lr=nan": "train.lr: Input should be a finite number, got nan",
+    "train.lr=-1": "train.lr: Input should be greater than 0, got -1",
+    "train.betas=[0.9]": "train.betas.1: Field required",
+    "train.schedule=linear": "train.schedule: Input should be 'cosine', 'wsd' or 'constant', got 'linear'",
+    "train.compile=1": "train.compile: Input should be a valid boolean, got 1",
+    "train.device=gpu": "train.device: Input should be 'auto', 'cpu' or 'cuda', got 'gpu'",
+    "model=tiny": "model is a group of keys, such as model.preset; got 'tiny'",
+    "model.heads=5": "heads = 5 does not divide d_model = 128; choose heads from 1, 2, 4, 8",
+    "model.kv_heads=3": "kv_heads = 3 does not divide heads = 4; choose kv_heads from 1, 2, 4",
+    "model.preset=gpt-huge": "no preset is called 'gpt-huge'; presets: gpt-tiny, gpt-proof",
+    "model.norm=batchnorm": "model.norm: Input should be 'rmsnorm' or 'layernorm', got 'batchnorm'",
+    "data.vocab_size=100": "data.vocab_size: Input should be greater than or equal to 258, got 100",
+    "data.corpus=2024": "data.corpus: Input should be a valid string, got 2024",
+    "policy=fp8x": "unknown recipe 'fp8x'; known: fp64, fp32, tf32, bf16, fp16",
+    "policy=3": "policy: a string such as bf16, or a table with recipe, rule, loss_scale; got 3",
+    'policy="bf16; head:wieght=float32"': "unknown role 'wieght' in the rule for 'head'; known: input, weight",
+    'policy="bf16; head:*=float31"': "unknown number format 'float31'; known: float64, float32",
+    'policy="bf16; head:*=float32; head:*=float32"': "two rules for 'head:*'; keep one",
+    "train": "--set takes key=value, such as train.steps=200; got 'train'",
+    "=5": "--set takes key=value, such as train.steps=200; got '=5'",
+}
+
+
+@pytest.mark.parametrize("setting", WRONG)
+def test_a_setting_that_means_nothing_is_an_error_that_says_what_is_possible(setting: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, [setting])
+    assert WRONG[setting] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_errors_come_in_one_message() -> None:
+    with pytest.raises(ConfigError, match=r"train.steps: .*, got 0; train.batch: .*, got 0"):
+        load(None, ["train.steps=0", "train.batch=0"])
+
+
+def test_a_key_set_twice_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"--set train.steps is given twice"):
+        load(None, ["train.steps=5", " train.steps = 6"])
+
+
+def test_a_key_below_a_value_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"--set train.steps.max: steps is a value, not a group of keys"):
+        load(None, ["train.steps=5", "train.steps.max=6"])
+
+
+def test_a_missing_or_unreadable_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config file .*none.toml; `mezzo train` without one chooses a model"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[train\nsteps=5")
+    with pytest.raises(ConfigError, match=r"bad.toml is not a config: .*line 1"):
+        load(tmp_path / "bad.toml")
+    (tmp_path / "latin.toml").write_bytes(b"policy = '\xe9'")
+    with pytest.raises(ConfigError, match=r"latin.toml is not a config: .*utf-8"):
+        load(tmp_path / "latin.toml")
+    with pytest.raises(ConfigError, match=r"is not a config: .*directory"):
+        load(tmp_path)
