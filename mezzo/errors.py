@@ -53,5 +53,6 @@ def require(module: str, *, extra: str, option: str) -> ModuleType:
         if error.name != module.split(".")[0]:
             raise
         raise MissingExtraError(
-            f"{option} needs the package {error.name!r}, which is not installed; run: pip install 'mezzo[{extra}]'"
+            f"{option} needs the package {error.name!r}, which is not installed; run: pip install {error.name} "
+            f"(it belongs to mezzo's extra {extra!r})"
         ) from error

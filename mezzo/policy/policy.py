@@ -31,6 +31,8 @@ from mezzo.policy.rule import Rule
 from mezzo.policy.scale import LossScaling
 from mezzo.policy.site import Site
 
+_OF_RECIPE: Any = object()  # not given: None would mean that the loss is not scaled
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -38,15 +40,17 @@ class Policy:
 
     recipe        a name of `mezzo.policy.RECIPES`; its rules come before `rules`
     rules         later rules win over earlier ones
-    loss_scaling  None means that the loss is not scaled
+    loss_scaling  the recipe's by default; None means that the loss is not scaled
     """
 
     recipe: str = "fp32"
     rules: tuple[Rule, ...] = ()
-    loss_scaling: LossScaling | None = None
+    loss_scaling: LossScaling | None = _OF_RECIPE
 
     def __post_init__(self) -> None:
-        _recipe(self.recipe)
+        recipe = _recipe(self.recipe)
+        if self.loss_scaling is _OF_RECIPE:
+            object.__setattr__(self, "loss_scaling", recipe.loss_scaling)
         seen: set[str] = set()
         for rule in self.rules:
             if rule.site in seen:

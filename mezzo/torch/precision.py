@@ -56,6 +56,9 @@ class Precision:
             if isinstance(one, torch.optim.LBFGS):
                 raise ConfigError("LBFGS evaluates the loss several times a step, which step() cannot do; use another")
         self.schedulers = _listed(scheduler)
+        for one in self.schedulers:
+            if isinstance(one, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                raise ConfigError("ReduceLROnPlateau needs a metric at each step; call its step(metric) yourself")
         if max_norm is not None and not max_norm > 0:
             raise ConfigError(f"max_norm is a positive number or None, got {max_norm!r}")
         self.max_norm = max_norm

@@ -197,7 +197,8 @@ class Session:
         torch.set_rng_state(checkpoint.load_group("rng")["torch"])
         self.first = checkpoint.step
         for difference in environment_differences(meta["environment"], self.environment):
-            self.listener.message(f"this resume is not bitwise: {difference}")
+            if meta["policy"] == str(self.precision.policy) or not difference.startswith("route."):
+                self.listener.message(f"this resume is not bitwise: {difference}")
 
     # --- training ---
 

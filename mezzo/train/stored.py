@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from mezzo import hardware
 from mezzo.data.shards import Corpus
 from mezzo.data.tokenizer import Tokenizer
 from mezzo.errors import ConfigError, MezzoError, RunError
@@ -106,6 +107,7 @@ def load_run(path: str | Path, policy: str | None = None) -> tuple[GPT, Tokenize
         if name in weights and weights[name].is_floating_point():
             parameter.data = parameter.data.to(weights[name].dtype)  # float64 masters are stored as such
     copy_into(model.state_dict(), weights, "model")
+    model.to(hardware.gpu_status()[0])
     precision = Precision(model, None, policy or config.resolved_policy())
     model.eval()
     return model, Tokenizer.load(run.path / TOKENIZER), precision, checkpoint

@@ -251,5 +251,6 @@ def test_tensorboard_without_its_package_says_how_to_install_it(
     monkeypatch.setattr("mezzo.errors.importlib.import_module", missing)
     done = mezzo("train", config, "--out", "run", "--set", "train.tensorboard=true")
     refused(
-        done, r"train.tensorboard needs the package 'tensorboardX', which is not installed; run: pip install 'mezzo\["
+        done,
+        r"train.tensorboard needs the package 'tensorboardX', which is not installed; run: pip install tensorboardX",
     )

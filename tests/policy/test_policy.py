@@ -165,3 +165,9 @@ def test_a_rule_cannot_hold_the_separators_of_the_text_form():
     for path in ("a;b", "a=b"):
         with pytest.raises(ConfigError, match="cannot hold ; or ="):
             Rule.parse(f"{path}:input", "fp16")
+
+
+def test_a_policy_made_by_hand_scales_the_loss_as_its_recipe_does():
+    assert Policy("fp16") == Policy.parse("fp16")
+    assert Policy("fp16").loss_scaling == LossScaling()
+    assert Policy("fp16", loss_scaling=None).loss_scaling is None

@@ -84,7 +84,7 @@ def test_without_tensorboardx_the_option_says_how_to_install_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.setattr("importlib.import_module", _missing)
-    message = r"train.tensorboard needs the package 'tensorboardX', .* pip install 'mezzo\[tensorboard\]'"
+    message = r"train.tensorboard needs the package 'tensorboardX', .* pip install tensorboardX"
     with pytest.raises(MissingExtraError, match=message):
         TensorBoard(tmp_path)
     with pytest.raises(MissingExtraError, match=message):
