@@ -103,7 +103,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, kv_cache: KVCache | None) -> Tensor:
-        qkv_BTXK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
+        B, T, _ = x_BTD.shape
+        qkv_BTXK = self.qkv(x_BTD).view(B, T, -1, self.head_dim)  # not unflatten: Dynamo breaks the graph there
         # split, not slices: its backward is one concatenation
         q_BTHK, k_BTGK, v_BTGK = qkv_BTXK.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
