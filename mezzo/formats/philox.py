@@ -23,8 +23,8 @@ U64 = NDArray[np.uint64]
 
 # Salmon et al. 2011, table 2 and section 3.2: the two multipliers, and the Weyl constants that bump the key
 # (the golden ratio and sqrt(3) - 1, as 32-bit fractions).
-_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+M0, M1 = 0xD2511F53, 0xCD9E8D57
+W0, W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
 
@@ -51,8 +51,8 @@ def philox4x32(counter: ArrayLike, key: ArrayLike, *, rounds: int = 10) -> U32:
     k0, k1 = keys[..., 0], keys[..., 1]
     for r in range(rounds):
         if r:
-            k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-        p0, p1 = _M0 * c0, _M1 * c2
+            k0, k1 = (k0 + np.uint64(W0)) & _LOW, (k1 + np.uint64(W1)) & _LOW
+        p0, p1 = np.uint64(M0) * c0, np.uint64(M1) * c2
         c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ k0, p1 & _LOW, (p0 >> _32) ^ c3 ^ k1, p0 & _LOW
     return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1).astype(np.uint32)
 

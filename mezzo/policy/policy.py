@@ -25,7 +25,7 @@ from typing import Any
 import tomli_w
 
 from mezzo.errors import ConfigError
-from mezzo.formats import Format
+from mezzo.formats import AnyFormat
 from mezzo.policy.recipes import RECIPES, Recipe
 from mezzo.policy.rule import Rule
 from mezzo.policy.scale import LossScaling
@@ -151,7 +151,7 @@ class Policy:
         """The recipe's rules, then the policy's own."""
         return (*_recipe(self.recipe).rules, *self.rules)
 
-    def format(self, site: Site) -> Format | None:
+    def format(self, site: Site) -> AnyFormat | None:
         """The format of a site, or None where no rule speaks of it (the adapter then keeps float32)."""
         for rule in reversed(self.all_rules()):
             if rule.matches(site):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from mezzo.errors import ConfigError
-from mezzo.formats import Format, get_format
+from mezzo.formats import AnyFormat, get_format
 from mezzo.policy.site import ROLES, SHORTHANDS, Site
 
 
@@ -20,7 +20,7 @@ class Rule:
 
     path: str
     role: str
-    fmt: Format
+    fmt: AnyFormat
 
     def __post_init__(self) -> None:
         if not self.path:

@@ -1,10 +1,12 @@
 """L2: sites on a torch module, quantised products, and the `Precision` that trains with them."""
 
 from mezzo.torch.cpu16 import FastCpu, fast_cpu
+from mezzo.torch.hadamard import hadamard
 from mezzo.torch.precision import Precision
+from mezzo.torch.quantize import quantize
 from mezzo.torch.sites import SiteRow
 from mezzo.torch.step import Step
 
 CONTRACT = 1  # version of the numerics contract, docs/numerics.md
 
-__all__ = ["CONTRACT", "FastCpu", "Precision", "SiteRow", "Step", "fast_cpu"]
+__all__ = ["CONTRACT", "FastCpu", "Precision", "SiteRow", "Step", "fast_cpu", "hadamard", "quantize"]

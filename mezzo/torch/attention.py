@@ -24,6 +24,7 @@ from mezzo.torch.rounding import carrier
 from mezzo.torch.table import SiteSpec
 
 _OPERANDS = ("query", "key", "value")
+_AXES = (-1, -1, -2)  # what the two products sum over: scores over E, the result over S
 # What the two products of explicit attention are called to those who listen.
 _SHOWN_SCORES = {
     "fprop.a": "fprop.query", "fprop.b": "fprop.key", "dgrad.out": "dgrad.query", "wgrad.out": "dgrad.key",
@@ -80,8 +81,8 @@ def attention(
         return FlashCPU.apply(query, key, value, is_causal, scale, groups, spec)  # type: ignore[no-any-return]
     dtype = carrier(spec.formats["fprop.query"]) if how == "native" else spec.acc
     q, k, v = (
-        Enter.apply(x, spec, f"fprop.{name}", f"dgrad.{name}", dtype)
-        for name, x in zip(_OPERANDS, (query, key, value), strict=True)
+        Enter.apply(x, spec, f"fprop.{name}", f"dgrad.{name}", dtype, axis)
+        for name, x, axis in zip(_OPERANDS, (query, key, value), _AXES, strict=True)
     )
     k, v = _repeat(k, groups), _repeat(v, groups)
     with float32_kernels(spec.formats["fprop.query"].name if how == "native" else "float32", query.device):
@@ -103,7 +104,10 @@ class FlashCPU(torch.autograd.Function):
         groups: int,
         spec: SiteSpec,
     ) -> Tensor:
-        q, k, v = (spec.cast(f"fprop.{name}", x) for name, x in zip(_OPERANDS, (query, key, value), strict=True))
+        q, k, v = (
+            spec.cast(f"fprop.{name}", x, axis)
+            for name, x, axis in zip(_OPERANDS, (query, key, value), _AXES, strict=True)
+        )
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *_dense(spec, groups, q, k, v), 0.0, causal, attn_mask=None, scale=scale
         )

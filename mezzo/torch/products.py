@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mezzo.torch.rounding import carrier, widen
+from mezzo.torch.rounding import CARRIERS, carrier, widen
 from mezzo.torch.table import SiteSpec
 
 
@@ -61,7 +61,7 @@ def multiply(
 
 def _gradients(spec: SiteSpec, g: Tensor) -> tuple[Tensor, Tensor]:
     """The incoming gradient rounded for dgrad and for wgrad; widened once where both are emulated from one rounding."""
-    g_d, g_w = spec.cast("dgrad.a", g), spec.cast("wgrad.a", g)
+    g_d, g_w = spec.cast("dgrad.a", g), spec.cast("wgrad.a", g, axis=0)
     if (
         g_d is g_w
         and not g.is_cuda
@@ -78,12 +78,12 @@ class Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: SiteSpec) -> Tensor:
         a = spec.cast("fprop.a", x)
         b = spec.cast("fprop.b", weight)
-        kept = a if spec.formats["wgrad.b"] == spec.formats["fprop.a"] else x
+        kept = a if spec.shared("wgrad.b", "fprop.a") else x
         # The master is kept, not its rounded copy: rounding it again in backward is 1% of the step, the copy is memory.
         ctx.save_for_backward(kept, weight)
         ctx.spec, ctx.x_dtype = spec, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        rounded = None if bias is None else spec.cast("fprop.b", bias)
+        rounded = None if bias is None else _round_bias(spec, bias)
         return multiply(spec, "fprop", a, b.t(), bias=rounded)
 
     @staticmethod
@@ -94,12 +94,18 @@ class Linear(torch.autograd.Function):
         dx = dw = db = None
         g_d, g_w = _gradients(spec, grads[0])
         if ctx.needs_input_grad[0]:
-            dx = multiply(spec, "dgrad", g_d, spec.cast("dgrad.b", weight)).to(ctx.x_dtype)
+            dx = multiply(spec, "dgrad", g_d, spec.cast("dgrad.b", weight, axis=0)).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            dw = multiply(spec, "wgrad", g_w.t(), spec.cast("wgrad.b", x)).to(weight.dtype)
+            dw = multiply(spec, "wgrad", g_w.t(), spec.cast("wgrad.b", x, axis=0)).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             db = spec.cast("wgrad.out", g_w.sum(0, dtype=spec.acc)).to(ctx.bias_dtype)
         return dx, dw, db, None
+
+
+def _round_bias(spec: SiteSpec, bias: Tensor) -> Tensor:
+    """Like the weight down to 16 bits; below that a bias stays as it is, as hardware keeps it."""
+    fmt = spec.formats["fprop.b"]
+    return spec.cast("fprop.b", bias) if fmt.name in CARRIERS else bias
 
 
 def linear(spec: SiteSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -121,9 +127,9 @@ class Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, spec: SiteSpec) -> Tensor:
-        a, b = spec.cast("fprop.a", x), spec.cast("fprop.b", y)
-        keep_a = a if spec.formats["wgrad.b"] == spec.formats["fprop.a"] else x
-        keep_b = b if spec.formats["dgrad.b"] == spec.formats["fprop.b"] else y
+        a, b = spec.cast("fprop.a", x), spec.cast("fprop.b", y, axis=-2)
+        keep_a = a if spec.shared("wgrad.b", "fprop.a") else x
+        keep_b = b if spec.shared("dgrad.b", "fprop.b") else y
         ctx.save_for_backward(keep_a, keep_b)
         ctx.spec, ctx.dtypes = spec, (x.dtype, y.dtype)
         return multiply(spec, "fprop", a, b, torch.matmul)
@@ -140,9 +146,9 @@ class Matmul(torch.autograd.Function):
                 spec, "dgrad", g, spec.cast("dgrad.b", y), lambda p, q: _sum_to(torch.matmul(p, q.mT), x.shape)
             ).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            g = spec.cast("wgrad.a", grads[0])
+            g = spec.cast("wgrad.a", grads[0], axis=-2)
             dy = multiply(
-                spec, "wgrad", g, spec.cast("wgrad.b", x), lambda p, q: _sum_to(torch.matmul(q.mT, p), y.shape)
+                spec, "wgrad", g, spec.cast("wgrad.b", x, axis=-2), lambda p, q: _sum_to(torch.matmul(q.mT, p), y.shape)
             ).to(ctx.dtypes[1])
         return dx, dy, None
 
@@ -151,15 +157,23 @@ class Enter(torch.autograd.Function):
     """Round an operand on its way into an operation that torch differentiates, and its gradient on the way out."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spec: SiteSpec, role: str, grad_role: str, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, spec: SiteSpec, role: str, grad_role: str, dtype: torch.dtype, axis: int = -1
+    ) -> Tensor:
         ctx.spec, ctx.grad_role, ctx.dtype = spec, grad_role, x.dtype
-        y = widen(spec.cast(role, x), dtype)
+        y = widen(spec.cast(role, x, axis), dtype)
         return y.view_as(y) if y is x else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.spec.cast(ctx.grad_role, grads[0]).to(ctx.dtype), None, None, None, None
+        return ctx.spec.cast(ctx.grad_role, grads[0]).to(ctx.dtype), None, None, None, None, None
+
+
+def _enter_bias(spec: SiteSpec, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    if spec.formats["fprop.b"].name not in CARRIERS:
+        return bias.to(dtype)
+    return Enter.apply(bias, spec, "fprop.b", "wgrad.out", dtype)  # type: ignore[no-any-return]
 
 
 class Leave(torch.autograd.Function):
@@ -190,6 +204,6 @@ def bilinear(spec: SiteSpec, op: Callable[..., Tensor], a: Tensor, b: Tensor, bi
     dtype = carrier(spec.formats["fprop.a"]) if native else spec.acc
     x = Enter.apply(a, spec, "fprop.a", "dgrad.out", dtype)
     w = Enter.apply(b, spec, "fprop.b", "wgrad.out", dtype)
-    c = None if bias is None else Enter.apply(bias, spec, "fprop.b", "wgrad.out", dtype)
+    c = None if bias is None else _enter_bias(spec, bias, dtype)
     with float32_kernels(spec.formats["fprop.a"].name if native else "float32", a.device):
         return Leave.apply(op(x, w, c), spec)  # type: ignore[no-any-return]

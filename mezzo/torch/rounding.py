@@ -1,6 +1,7 @@
-"""Rounding in torch: `cast(x, fmt)` gives the format's carrier tensor, rounded once, to nearest, ties to even.
+"""Rounding at the sites: `cast(x, fmt)` gives a tensor that holds x rounded once, to nearest, ties to even.
 
-A carrier is the torch dtype that holds a format's values: bfloat16 and float16 carry themselves, tf32 lives in float32.
+A carrier is the torch dtype that a format of 16 bits or more lives in: bfloat16 and float16 carry themselves, tf32 is
+kept in float32. Formats below that have none: their values stay in the dtype that `mezzo.torch.quantize` gives.
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mezzo.formats import Format
+from mezzo.errors import ConfigError
+from mezzo.formats import AnyFormat, ScaledFormat, get_element
+from mezzo.formats.spec import Format
+from mezzo.torch.quantize import quantize, round_elements
 
 CARRIERS = {
     "float64": torch.float64,
@@ -19,17 +23,33 @@ CARRIERS = {
 }
 
 
-def carrier(fmt: Format) -> torch.dtype:
-    """The dtype whose tensors hold values of `fmt`."""
+def carrier(fmt: AnyFormat) -> torch.dtype:
+    """The dtype of tensors in `fmt`.
+
+    raises    ConfigError for formats below 16 bits and scaled ones
+    """
+    if fmt.name not in CARRIERS:
+        raise ConfigError(f"{fmt} is a format for operands of products; here one of {', '.join(CARRIERS)} is needed")
     return CARRIERS[fmt.name]
 
 
-def cast(x: Tensor, fmt: Format) -> Tensor:
+def depends_on_axis(fmt: AnyFormat) -> bool:
+    """Whether rounding along another axis gives other values; square blocks and tensor scales do not care."""
+    return (
+        isinstance(fmt, ScaledFormat) and fmt.group != "tensor" and (fmt.group == "row" or fmt.group[0] != fmt.group[1])
+    )
+
+
+def cast(x: Tensor, fmt: AnyFormat, axis: int = -1) -> Tensor:
     """Round `x` to `fmt` and return it in the format's carrier dtype; `x` itself where nothing changes.
 
     x         floating-point tensor of any shape
-    returns   tensor of the same shape; overflow becomes infinity, NaN stays NaN
+    axis      the axis that the product sums over, for formats with blocks
+    returns   tensor of the same shape; overflow becomes infinity in a format with a carrier and saturates in the
+              others; NaN stays NaN
     """
+    if isinstance(fmt, ScaledFormat) or fmt.name not in CARRIERS:
+        return quantize(x, fmt, axis=axis)
     if x.dtype is carrier(fmt) and fmt.name != "tf32":
         return x
     if torch.compiler.is_compiling():
@@ -47,34 +67,14 @@ def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cast(x: Tensor, fmt: Format) -> Tensor:
-    if x.dtype is torch.float64 and fmt.mantissa_bits < 23:
-        x = _round_float64(x, fmt)  # torch casts float64 to 16 bits through float32: two roundings
-    elif fmt.name == "tf32":
-        x = _round_tf32(x.float())
+    if fmt.name == "tf32" or x.dtype is torch.float64:  # torch casts float64 to 16 bits in two roundings
+        x = round_elements(x, fmt, "nearest", "cast")
     return x.to(carrier(fmt))
-
-
-def _round_float64(x: Tensor, fmt: Format) -> Tensor:
-    """Values of `fmt` in float64; the cast that follows is then exact but for overflow, which it takes to infinity."""
-    _, exponent = torch.frexp(x)  # |x| = m * 2**exponent with 0.5 <= m < 1
-    grid = torch.clamp(exponent - 1, min=1 - fmt.bias) - fmt.mantissa_bits
-    rounded = torch.ldexp(torch.round(torch.ldexp(x, -grid)), grid)  # torch.round takes ties to even
-    rounded = torch.where(rounded.abs() > fmt.max, torch.copysign(torch.full_like(x, float("inf")), x), rounded)
-    return torch.where(torch.isfinite(x), rounded, x)
-
-
-def _round_tf32(x: Tensor) -> Tensor:
-    """Drop the low 13 bits of a float32 with the usual carry; infinities and NaN pass."""
-    bits = x.view(torch.int32)
-    carry = ((bits >> 13) & 1) + 0xFFF
-    return torch.where(torch.isfinite(x), ((bits + carry) & ~0x1FFF).view(torch.float32), x)
 
 
 @torch.library.custom_op("mezzo::cast", mutates_args=())
 def _cast_op(x: Tensor, fmt: str) -> Tensor:
-    from mezzo.formats import FORMATS
-
-    out = _cast(x, FORMATS[fmt])
+    out = _cast(x, get_element(fmt))
     return out.clone() if out is x else out
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 import torch
 from torch import nn
 
+from mezzo.formats import get_format
 from mezzo.torch.attention import algorithm
 from mezzo.torch.intercept import Seen, SiteMode
-from mezzo.torch.rounding import CARRIERS
 from mezzo.torch.table import SiteSpec, Table
-
-_ITEM = {name: torch.empty(0, dtype=dtype).element_size() for name, dtype in CARRIERS.items()}
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,9 @@ def rows(model: nn.Module, mode: SiteMode, seen: Iterable[Seen]) -> list[SiteRow
 
 def _rows_of(seen: Seen, table: Table) -> Iterator[SiteRow]:
     def row(role: str, shape: tuple[int, ...], fmt: str, route: str) -> SiteRow:
-        return SiteRow(f"{seen.path}:{role}", shape, fmt, route, prod(shape) * _ITEM[fmt], seen.calls)
+        return SiteRow(
+            f"{seen.path}:{role}", shape, fmt, route, ceil(prod(shape) * get_format(fmt).bits / 8), seen.calls
+        )
 
     if seen.kind == "product":
         spec = table.product(seen.path, 0)

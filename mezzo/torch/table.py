@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from mezzo.errors import ConfigError
-from mezzo.formats import FLOAT32, Format
+from mezzo.formats import FLOAT32, AnyFormat
+from mezzo.formats.spec import E8M0
 from mezzo.policy import Policy, Site
 from mezzo.policy.site import ATTENTION_ROLES, PRODUCT_ROLES
-from mezzo.torch.rounding import carrier, cast, widen
+from mezzo.torch.rounding import CARRIERS, carrier, cast, depends_on_axis, widen
 
 Tap = Callable[[Site, Tensor, Tensor], None]
 OUTPUTS = ("fprop.out", "dgrad.out", "wgrad.out", "dgrad.query", "dgrad.key", "dgrad.value")
@@ -49,7 +50,7 @@ class SiteSpec:
         self,
         path: str,
         call: int,
-        formats: dict[str, Format],
+        formats: dict[str, AnyFormat],
         native: frozenset[str],
         hooks: Hooks,
         shown: dict[str, str] | None = None,
@@ -60,9 +61,12 @@ class SiteSpec:
         names = {f.name for f in formats.values()}
         self.uniform = names.pop() if len(names) == 1 else None
 
-    def cast(self, role: str, x: Tensor) -> Tensor:
-        """Round `x` to the format of `role`; hand it to whoever listens."""
-        y = cast(x, self.formats[role])
+    def cast(self, role: str, x: Tensor, axis: int = -1) -> Tensor:
+        """Round `x` to the format of `role`; hand it to whoever listens.
+
+        axis    the one that the product sums over
+        """
+        y = cast(x, self.formats[role], axis)
         if self.hooks.active and not torch.compiler.is_compiling():
             if self.shown is not None:
                 if role not in self.shown:
@@ -89,12 +93,22 @@ class SiteSpec:
         route = self.route(*operands)
         return route if self.formats[result].name == self.formats[operands[0]].name else "emulated"
 
+    def shared(self, one: str, other: str) -> bool:
+        """Whether a tensor rounded for one role serves the other, which sums over another axis."""
+        return self.formats[one] == self.formats[other] and not depends_on_axis(self.formats[one])
+
     def require_same(self, what: str, *roles: str) -> None:
         """Refuse formats that this operation cannot tell apart."""
         names = {role: self.formats[role].name for role in roles if role in self.formats}
         if len(set(names.values())) > 1:
             listed = ", ".join(f"{role}={name}" for role, name in names.items())
             raise ConfigError(f"{self.path}: {what} keeps one rounded copy for {listed}; give these roles one format")
+        blocks = [role for role in names if depends_on_axis(self.formats[role])]
+        if blocks:
+            raise ConfigError(
+                f"{self.path}:{blocks[0]}={names[blocks[0]]}: {what} sums over several axes in its three products, so "
+                "its blocks would lie across them; take a format without blocks, such as bfloat16 or e4m3@tensor"
+            )
 
     def plain(self, *tensors: Tensor | None) -> bool:
         """Whether the unmodified float32 or float64 operation is already what the table asks for."""
@@ -139,18 +153,19 @@ class Table:
                 fmt = self.policy.format(Site(path, role, key[1]))
                 if fmt is not None or role != "fprop.probs":
                     formats[role] = fmt or FLOAT32
+            _check(path, formats)
             cache[key] = SiteSpec(path, key[1], formats, self.native, self.hooks)
         return cache[key]
 
-    def compute_format(self, path: str) -> Format:
+    def compute_format(self, path: str) -> AnyFormat:
         return self.policy.format(Site(path, "compute")) or FLOAT32
 
     def compute(self, path: str) -> torch.dtype:
         """The dtype that a norm, softmax, embedding or loss at `path` computes in."""
         if path not in self._compute:
             fmt = self.compute_format(path)
-            if fmt.name == "tf32":
-                raise ConfigError(f"{path}:compute=tf32: tf32 is a format for operands of products; use float32")
+            if fmt.name == "tf32" or fmt.name not in CARRIERS:
+                raise ConfigError(f"{path}:compute={fmt}: {fmt} is a format for operands of products; use float32")
             self._compute[path] = carrier(fmt)
         return self._compute[path]
 
@@ -159,3 +174,15 @@ class Table:
         if fmt.name not in ("float32", "float64"):
             raise ConfigError(f"{path}:master={fmt}: masters are float32 or float64")
         return carrier(fmt)
+
+
+def _check(path: str, formats: dict[str, AnyFormat]) -> None:
+    """Refuse formats that a role cannot have."""
+    for role, fmt in formats.items():
+        if fmt is E8M0:
+            raise ConfigError(f"{path}:{role}={fmt}: it is a format for scales, not for tensors")
+        if role in OUTPUTS and fmt.name not in CARRIERS:
+            raise ConfigError(
+                f"{path}:{role}={fmt}: results of products are kept in {', '.join(CARRIERS)}; give the low format to "
+                "the operands of the next product (input, weight, grad_output)"
+            )

@@ -26,7 +26,7 @@ def test_rounding_agrees_with_ml_dtypes_on_every_value_tie_and_neighbour(fmt):
     x = hard_cases(fmt)
     with np.errstate(over="ignore"):
         want = x.astype(ORACLE[fmt]).astype(np.float32)
-    got = quantize(x, fmt)
+    got = quantize(x, fmt, overflow="cast")
     assert np.array_equal(np.isnan(got), np.isnan(want))
     ok = ~np.isnan(want)
     assert np.array_equal(got[ok].view(np.uint32), want[ok].view(np.uint32))
@@ -41,7 +41,7 @@ def test_float64_input_is_rounded_once():
 def test_tf32_keeps_ten_bits_and_the_exponents_of_float32():
     x = np.array([1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, 1e38, 2.0**-149, np.inf], np.float32)
     want = np.array([1 + 2**-10, 1, 1 + 2**-9, 1e38, 0, np.inf], np.float64)
-    got = quantize(x, "tf32").astype(np.float64)
+    got = quantize(x, "tf32", overflow="cast").astype(np.float64)
     assert got[3] == pytest.approx(1e38, rel=2**-11)
     assert np.array_equal(np.delete(got, 3), np.delete(want, 3))
 
@@ -58,5 +58,5 @@ def test_derived_constants_are_those_of_ml_dtypes():
 def test_an_unknown_format_or_an_integer_array_is_refused():
     with pytest.raises(ConfigError, match="unknown number format 'fp17'; known: float64, float32"):
         get_format("fp17")
-    with pytest.raises(ConfigError, match="floating-point"):
+    with pytest.raises(ConfigError, match="float16, bfloat16, float32 or float64 arrays, got int64"):
         quantize(np.arange(3), "bfloat16")

@@ -16,8 +16,8 @@ U = 2.0**-24
 
 
 def rounded(x, fmt):
-    """float64 tensor of `x` rounded once to `fmt`, by the NumPy reference."""
-    return torch.from_numpy(quantize(x.detach().double().numpy(), fmt))
+    """float64 tensor of `x` rounded once to `fmt`, by the NumPy reference; overflow is infinite, as at the sites."""
+    return torch.from_numpy(quantize(x.detach().double().numpy(), fmt, overflow="cast"))
 
 
 def bound(exact, absolute, terms, out, unit=U):

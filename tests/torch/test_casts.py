@@ -41,7 +41,7 @@ def test_every_value_tie_and_neighbour_is_rounded_as_ml_dtypes_does(fmt):
 def test_float64_is_rounded_once(fmt):
     x = hard_cases(fmt, np.float64)  # neighbours in float64 are ties again after a detour through float32
     got = cast(torch.from_numpy(x), FORMATS[fmt]).double().numpy()
-    assert np.array_equal(bits(got), bits(quantize(x, fmt)))
+    assert np.array_equal(bits(got), bits(quantize(x, fmt, overflow="cast")))
     detour = torch.from_numpy(x).to(CARRIERS[fmt]).double().numpy()
     assert not np.array_equal(bits(got), bits(detour)), "torch's own cast is no longer a double rounding: drop ours"
 
@@ -55,11 +55,11 @@ def test_tf32_is_rounded_as_the_numpy_reference_does(dtype):
     x = np.concatenate([x, np.float32([np.inf, -np.inf, np.nan, 0.0, -0.0, 1e35, 3.4028235e38, 1e-45])])
     with np.errstate(invalid="ignore", over="ignore"):
         x = x.astype(dtype)
-        want = quantize(x, "tf32").astype(np.float32)
+        want = quantize(x, "tf32", overflow="cast").astype(np.float32)
     if dtype is np.float64:
         x = np.concatenate([x, np.nextafter(x, np.inf), np.nextafter(x, -np.inf)])
         with np.errstate(over="ignore", invalid="ignore"):
-            want = quantize(x, "tf32").astype(np.float32)
+            want = quantize(x, "tf32", overflow="cast").astype(np.float32)
     got = cast(torch.from_numpy(x), FORMATS["tf32"])
     assert got.dtype is torch.float32
     assert np.array_equal(bits(got.numpy()), bits(want))
@@ -70,11 +70,11 @@ def test_tf32_is_rounded_as_the_numpy_reference_does(dtype):
 def test_a_16_bit_tensor_is_rounded_once_to_every_other_format(have, want):
     codes = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(CARRIERS[have])
     got = cast(codes, FORMATS[want]).double().numpy()
-    assert np.array_equal(bits(got), bits(quantize(codes.double().numpy(), want)))
+    assert np.array_equal(bits(got), bits(quantize(codes.double().numpy(), want, overflow="cast")))
 
 
 def test_nothing_is_copied_where_nothing_changes():
-    for fmt in FORMATS.values():
+    for fmt in map(FORMATS.get, CARRIERS):
         x = torch.randn(3).to(carrier(fmt))
         assert (cast(x, fmt) is x) == (fmt.name != "tf32")
 

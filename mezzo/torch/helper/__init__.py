@@ -1,0 +1,7 @@
+"""Stub; helper-12 writes this."""
+
+from typing import Any
+
+
+def load() -> Any:
+    return None
