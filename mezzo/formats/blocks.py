@@ -15,7 +15,8 @@ nvfp4    encode = (448 · 6) / tensor amax, at most float32's max, 1 for a tenso
 
 A group that holds an infinity or a NaN becomes NaN, and so does its scale: nothing that went wrong is hidden behind a
 largest value. (In nvfp4 that is the whole tensor, since the tensor scale depends on every element.) Where the scale was
-given, only that element becomes NaN. x / scale rounds before the element does; sums of the two errors are within
+given, only that element becomes NaN. With powers of two, a number within half an element's gap of W's largest may round
+up out of W and becomes infinite. x / scale rounds before the element does; sums of the two errors are within
 0.5 ulp of the element plus 2**-24 of its value.
 """
 
