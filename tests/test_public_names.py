@@ -5,13 +5,15 @@ import mezzo.formats
 import mezzo.policy
 import mezzo.torch
 
-FORMATS = {"BFLOAT16", "FLOAT16", "FLOAT32", "FLOAT64", "FORMATS", "Format", "TF32", "get_format", "quantize"}
+FORMATS = {"AnyFormat", "BFLOAT16", "Encoded", "FLOAT16", "FLOAT32", "FLOAT64", "FORMATS", "Format", "SCALED",
+           "ScaledFormat", "TF32", "decode", "decode_scaled", "encode", "encode_scaled", "get_element", "get_format",
+           "hadamard", "quantize"}  # fmt: skip
 PUBLIC = {
     mezzo: {"RECIPES", "Format", "LossScaling", "MezzoError", "Policy", "Rule", "Site", "__version__", "get_format",
             "quantize"},
     mezzo.formats: FORMATS,
     mezzo.policy: {"LossScaling", "Policy", "RECIPES", "Recipe", "Rule", "ScaleState", "Site"},
-    mezzo.torch: {"CONTRACT", "FastCpu", "Precision", "SiteRow", "Step", "fast_cpu"},
+    mezzo.torch: {"CONTRACT", "FastCpu", "Precision", "SiteRow", "Step", "fast_cpu", "hadamard", "quantize"},
 }  # fmt: skip
 
 

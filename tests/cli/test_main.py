@@ -15,7 +15,9 @@ from mezzo.cli.main import cli
 # Few flags: a verb takes its config, --set, and the handful that people use daily. Think twice before adding one.
 OPTIONS = {
     "demo": ["--seconds"],
+    "formats": ["NAMES", "--json"],
     "generate": ["RUN", "--prompt", "--tokens", "--temperature", "--top-k", "--top-p", "--seed", "--policy"],
+    "probe": ["--json", "--fresh"],
     "sites": ["SOURCE", "--policy", "--json"],
     "train": ["CONFIG", "--set", "--policy", "--data", "--out", "--resume"],
 }
