@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,14 @@ def _full_disk(*args: Any, **kwargs: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def _write_by(monkeypatch: pytest.MonkeyPatch, write: Any) -> None:
+    """Write tensors in another way from now on: what was submitted before is still written in the old one."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("mezzo-save-"):
+            thread.join()
+    monkeypatch.setattr(saver, "_write_tensors", write)
+
+
 def test_a_disk_that_is_full_for_a_while_is_loud_and_training_goes_on(
     tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,8 +230,8 @@ def test_a_disk_that_is_full_for_a_while_is_loud_and_training_goes_on(
     train(
         session,
         meanwhile={
-            1: lambda: monkeypatch.setattr(saver, "_write_tensors", _full_disk),
-            5: lambda: monkeypatch.setattr(saver, "_write_tensors", write),
+            1: lambda: _write_by(monkeypatch, _full_disk),
+            5: lambda: _write_by(monkeypatch, write),
         },
     )
     loud = [message for message in heard.messages if message.startswith("NOT SAVED: ")]
@@ -239,7 +248,7 @@ def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(
     heard = Heard()
     session = Session.start(tiny("train.steps=4", "train.checkpoint_every=2"), tmp_path / "run", heard)
     with pytest.raises(CheckpointError, match=r"step 4 was not saved .*No space left on device; .* are untouched"):
-        train(session, meanwhile={3: lambda: monkeypatch.setattr(saver, "_write_tensors", _full_disk)})
+        train(session, meanwhile={3: lambda: _write_by(monkeypatch, _full_disk)})
     assert heard.outcome == "failed"
     found, problems = newest(tmp_path / "run")
     assert (found is not None and found.step, problems) == (2, [])
