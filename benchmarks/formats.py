@@ -251,7 +251,7 @@ def codes(fmt: Format, tally: Tally) -> None:
     values = every.view(dtype).astype(np.float32)
     tally.add(fmt.name, "decode", "numpy", "ml_dtypes", decode(every, fmt), values)
     number = ~np.isnan(values)  # which NaN is a matter of payloads
-    tally.add(fmt.name, "encode", "numpy", "ml_dtypes", encode(values[number], fmt), every[number])
+    tally.add(fmt.name, "encode", "numpy", "ml_dtypes", encode(values[number], fmt, overflow="cast"), every[number])
 
 
 @np.errstate(all="ignore")
