@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mezzo.train.config import Config
     from mezzo.train.session import Session
 
+FORMATS = ("bfloat16", "e4m3@tensor", "mxfp8", "nvfp4", "mxfp4")  # what the trained model is also evaluated in
 SECONDS = 110.0  # for the two arms trained side by side
 
 
@@ -52,12 +53,15 @@ def demo(seconds: float) -> None:
     console.print(_table(rows, steps, config.train.batch * session.shape.seq_len))
     console.print(_footnotes(rows, steps))
     sample = session.sample("def ", tokens=80)
+    _formats(session, console)
     _loss_scaling(session, console)
     console.print("\na sample of what the model writes after this little training:")
     console.print(sample, markup=False)
     console.print(f"\nthe run is {path}; {time.perf_counter() - begin:.0f} s in all. Worth typing next:")
     console.print(f'  .venv/bin/mezzo generate {path} --prompt "class Point"')
     console.print(f"  .venv/bin/mezzo sites {path}")
+    console.print("  .venv/bin/mezzo formats nvfp4")
+    console.print("  .venv/bin/mezzo probe")
     console.print('  .venv/bin/mezzo train --data YOUR_TEXTS --policy "bf16; head:*=float32"', markup=False)
 
 
@@ -162,6 +166,24 @@ def _footnotes(rows: dict[str, Any], steps: int) -> str:
         f"step time: over PyTorch float32's, medians of steps run in turn; autocast: 2 and 4 steps alone, projected\n"
         f"(stock: {clock(stock * steps)} for all {steps} steps); peak memory: above resting, each arm alone;\n"
         f"train loss: mean of the last 20 steps; val loss: held-out files, evaluated in float32"
+    )
+
+
+def _formats(session: Session, console: Console) -> None:
+    """What the trained model loses when only its forward products' operands are rounded further."""
+    import itertools
+
+    from mezzo.torch import helper
+    from mezzo.train.loop import evaluate
+
+    losses = {}
+    console.print(f"\nrounding {helper.status()}")  # builds the helper, if that was not done on this machine
+    for name in ("float32", *FORMATS):
+        with session.precision.using(f"fp32; *:input={name}; *:weight={name}"):
+            losses[name], _ = evaluate(session.model, itertools.islice(session.valid(), 4), session.device)
+    gaps = "  ".join(f"{name} {losses[name] / losses['float32'] - 1:+.2%}" for name in FORMATS)
+    console.print(
+        f"the same weights with operands in other formats, held-out loss over float32's (4 batches):\n  {gaps}"
     )
 
 
