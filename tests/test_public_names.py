@@ -12,7 +12,7 @@ PUBLIC = {
     mezzo: {"RECIPES", "Format", "LossScaling", "MezzoError", "Policy", "Rule", "Site", "__version__", "get_format",
             "quantize"},
     mezzo.formats: FORMATS,
-    mezzo.policy: {"LossScaling", "Policy", "RECIPES", "Recipe", "Rule", "ScaleState", "Site"},
+    mezzo.policy: {"LossScaling", "Policy", "RECIPES", "Recipe", "Rule", "ScaleState", "Site", "Spec"},
     mezzo.torch: {"CONTRACT", "FastCpu", "Precision", "SiteRow", "Step", "fast_cpu", "hadamard", "quantize"},
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The same roundings once more, one number at a time in exact arithmetic: slow, and plain to read beside the standards.
 
-    round_scalar        one number to an element format
-    round_group_scalar  the numbers that share a scale to a scaled format
+round_scalar        one number to an element format
+round_group_scalar  the numbers that share a scale to a scaled format
 """
 
 from __future__ import annotations

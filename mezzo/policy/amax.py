@@ -36,23 +36,25 @@ class DelayedScaling:
 def remember(history: Any, amax: Any, xp: Any) -> Any:
     """The history after one step.
 
-    history   (steps,) float32, newest first; zeros where nothing was seen yet
-    amax      0-d float32: the largest magnitude of this step's tensor
+    history   (…, steps) float32, newest first; zeros where nothing was seen yet
+    amax      (…) float32: the largest magnitude of this step's tensor
     xp        numpy or torch; nothing here waits for a device
     """
-    moved = xp.concatenate([amax.reshape(1), history[:-1]])
-    return xp.where(xp.isfinite(amax), moved, history)
+    newest = amax[..., None]
+    moved = xp.concatenate([newest, history[..., :-1]], -1)
+    return xp.where(xp.isfinite(newest), moved, history)
 
 
 def scale(scaling: DelayedScaling, history: Any, fmt: AnyFormat, xp: Any) -> Any:
     """The scale to give to `quantize`: max(history) · 2**margin / the element's largest value; 1 for an empty history.
 
-    returns   0-d float32, positive and finite
+    history   (…, steps) float32
+    returns   (…) float32, positive and finite
     raises    ConfigError if the format takes no float32 scale
     """
     if not isinstance(fmt, ScaledFormat) or fmt.scaling != "free":
         raise ConfigError(f"delayed scaling is for formats scaled by a float32, such as e4m3@tensor; not for {fmt}")
-    amax = history.max()
+    amax = xp.amax(history, -1)
     top = xp.full_like(amax, fmt.element.max)  # dividing by a Python number may multiply by its reciprocal
     # The quotient first: 2**margin times the largest float32 would overflow.
     wanted = xp.clip(amax / top, MIN_SCALE, max_scale(fmt.element.max)) * 2.0**scaling.margin

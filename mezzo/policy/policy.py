@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,10 +26,12 @@ import tomli_w
 
 from mezzo.errors import ConfigError
 from mezzo.formats import AnyFormat
-from mezzo.policy.recipes import RECIPES, Recipe
+from mezzo.policy import depth
+from mezzo.policy.recipe import RECIPES, Recipe
 from mezzo.policy.rule import Rule
 from mezzo.policy.scale import LossScaling
 from mezzo.policy.site import Site
+from mezzo.policy.spec import Spec
 
 _OF_RECIPE: Any = object()  # not given: None would mean that the loss is not scaled
 
@@ -123,7 +125,7 @@ class Policy:
             scaling = self.loss_scaling
             data["loss_scale"] = "none" if scaling is None else scaling.to_dict()
         if self.rules:
-            data["rule"] = [{"site": rule.site, "format": rule.fmt.name} for rule in self.rules]
+            data["rule"] = [{"site": rule.site, "format": str(rule.spec)} for rule in self.rules]
         return data
 
     def to_toml(self) -> str:
@@ -151,21 +153,39 @@ class Policy:
         """The recipe's rules, then the policy's own."""
         return (*_recipe(self.recipe).rules, *self.rules)
 
+    def rules_for(self, paths: Iterable[str]) -> tuple[Rule, ...]:
+        """All rules, those by depth (`blocks.last-13%.*`) written out for a model with these module paths."""
+        return depth.expand(self.all_rules(), paths)
+
+    def spec(self, site: Site) -> Spec | None:
+        """What the rules give a site, or None where none speaks of it (the adapter then keeps float32).
+
+        Rules by depth say nothing here: use `find` on `rules_for` a model's paths.
+        """
+        return find(self.all_rules(), site)
+
     def format(self, site: Site) -> AnyFormat | None:
-        """The format of a site, or None where no rule speaks of it (the adapter then keeps float32)."""
-        for rule in reversed(self.all_rules()):
-            if rule.matches(site):
-                return rule.fmt
-        return None
+        """The format of a site, or None where no rule speaks of it."""
+        spec = self.spec(site)
+        return None if spec is None else spec.fmt
 
     def check_paths(self, paths: Iterable[str]) -> None:
         """Refuse a rule of the policy's own whose path matches none of `paths`: it would be ignored silently."""
         known = list(paths)
         for rule in self.rules:
-            if not any(rule.matches_path(path) for path in known):
+            meant = depth.numbered(rule, known) if depth.by_depth(rule) else any(map(rule.matches_path, known))
+            if not meant:
                 close = difflib.get_close_matches(rule.path.partition("#")[0], known, n=3, cutoff=0.4)
                 hint = f"; did you mean {' or '.join(close)}?" if close else ""
                 raise ConfigError(f"the rule {str(rule)!r} matches nothing in this model{hint}")
+
+
+def find(rules: Sequence[Rule], site: Site) -> Spec | None:
+    """What the last rule that matches gives the site."""
+    for rule in reversed(rules):
+        if rule.matches(site):
+            return rule.spec
+    return None
 
 
 def _known(data: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:

@@ -1,4 +1,4 @@
-"""One rule of a policy: a pattern over sites, and the format it gives them."""
+"""One rule of a policy: a pattern over sites, and what it gives them."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from mezzo.errors import ConfigError
-from mezzo.formats import AnyFormat, get_format
-from mezzo.policy.site import ROLES, SHORTHANDS, Site
+from mezzo.formats import AnyFormat
+from mezzo.policy.site import ROLES, SHORTHANDS, STATE_ROLES, Site
+from mezzo.policy.spec import Spec
+
+# A Hadamard transform is undone by the product of two transformed operands.
+_OPERANDS = ("fprop.a", "fprop.b", "dgrad.a", "dgrad.b", "wgrad.a", "wgrad.b")
+_TENSORS = (*_OPERANDS, "fprop.query", "fprop.key", "fprop.value", "fprop.probs", "dgrad.dout")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Give `fmt` to every site that the pattern matches.
+    """Give `spec` to every site that the pattern matches.
 
     path    glob over the path; `*` also crosses dots; `path#1` means the second call only
-    role    a role, a shorthand (input, weight, grad_output, out), or a glob over roles such as `fprop.*`
+    role    a role, a shorthand (input, weight, grad_output, out, state), or a glob over roles such as `fprop.*`
     """
 
     path: str
     role: str
-    fmt: AnyFormat
+    spec: Spec
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -34,17 +39,30 @@ class Rule:
             )
         if "#" in self.path and not self.path.partition("#")[2].isdecimal():
             raise ConfigError(f"a call index is a whole number, got {self.path!r}; write path#1 for the second call")
+        for what, given, allowed in (
+            ("kahan and split are", self.spec.keep, ("master",)),
+            ("hadamard is", self.spec.hadamard, _OPERANDS),
+            ("delayed is", self.spec.delayed, _TENSORS),
+            ("another rounding is", self.spec.rounding != "nearest", (*_TENSORS, "master", *STATE_ROLES)),
+        ):
+            wrong = [role for role in self.roles() if role not in allowed]
+            if given and wrong:
+                raise ConfigError(f"{what} for {', '.join(allowed)}; the rule {str(self)!r} also speaks of {wrong[0]}")
 
     @classmethod
-    def parse(cls, site: str, fmt: str) -> Rule:
-        """From `PATH:ROLE` and a format's name.
+    def parse(cls, site: str, spec: str) -> Rule:
+        """From `PATH:ROLE` and `FORMAT [WORD …]`, as in `Spec.parse`.
 
-        raises    ConfigError on a site without a role, an unknown role or an unknown format
+        raises    ConfigError on a site without a role, an unknown role, format or word
         """
         path, colon, role = site.strip().rpartition(":")
         if not colon:
             raise ConfigError(f"a rule's site is PATH:ROLE, such as head:* or *.norm1:compute; got {site.strip()!r}")
-        return cls(path.strip(), role.strip(), get_format(fmt.strip()))
+        return cls(path.strip(), role.strip(), Spec.parse(spec.strip()))
+
+    @property
+    def fmt(self) -> AnyFormat:
+        return self.spec.fmt
 
     @property
     def site(self) -> str:
@@ -71,4 +89,4 @@ class Rule:
         return (not call or int(call) == site.call) and site.role in self.roles() and self.matches_path(site.path)
 
     def __str__(self) -> str:
-        return f"{self.site}={self.fmt}"
+        return f"{self.site}={self.spec}"

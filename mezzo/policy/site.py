@@ -8,11 +8,13 @@ Roles of a linear layer, convolution or matrix product (y = a·b, dx = a·b, dw 
     dgrad.a gradient   dgrad.b weight   dgrad.out     gradient of the input
     wgrad.a gradient   wgrad.b input    wgrad.out     gradient of the weight
 Roles of attention:
-    fprop.query fprop.key fprop.value fprop.probs fprop.out     dgrad.a dgrad.query dgrad.key dgrad.value
-    (dgrad.a is the incoming gradient; the last three are the gradients that leave)
+    fprop.query fprop.key fprop.value fprop.probs fprop.out     dgrad.dout dgrad.query dgrad.key dgrad.value
+    (dgrad.dout is the incoming gradient; the last three are the gradients that leave)
 Other roles:
     compute    what a norm, a softmax, an embedding or a loss computes in
     master     the stored weight
+    state.exp_avg state.exp_avg_sq state.max_exp_avg_sq state.momentum_buffer state.other
+               the optimizer's moments between steps, by the names that torch.optim gives them
 """
 
 from __future__ import annotations
@@ -26,15 +28,23 @@ PRODUCT_ROLES = tuple(
 )
 ATTENTION_ROLES = (
     *(f"fprop.{operand}" for operand in ("query", "key", "value", "probs", "out")),
-    *(f"dgrad.{operand}" for operand in ("a", "query", "key", "value")),
+    *(f"dgrad.{operand}" for operand in ("dout", "query", "key", "value")),
 )
-ROLES = (*PRODUCT_ROLES, *(role for role in ATTENTION_ROLES if role not in PRODUCT_ROLES), "compute", "master")
+STATE_ROLES = tuple(f"state.{name}" for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "other"))
+ROLES = (
+    *PRODUCT_ROLES,
+    *(role for role in ATTENTION_ROLES if role not in PRODUCT_ROLES),
+    "compute",
+    "master",
+    *STATE_ROLES,
+)
 
 # A shorthand names one tensor in every product that it enters.
 SHORTHANDS = {
     "input": ("fprop.a", "wgrad.b", "fprop.query", "fprop.key", "fprop.value"),
     "weight": ("fprop.b", "dgrad.b"),
-    "grad_output": ("dgrad.a", "wgrad.a"),
+    "grad_output": ("dgrad.a", "wgrad.a", "dgrad.dout"),
+    "state": STATE_ROLES,
     "out": ("fprop.out", "dgrad.out", "wgrad.out", "dgrad.query", "dgrad.key", "dgrad.value"),
 }
 

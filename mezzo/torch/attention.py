@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mezzo.formats import FLOAT32, FLOAT64
+from mezzo.policy import Spec
 from mezzo.torch.products import Enter, Leave, Matmul, float32_kernels
 from mezzo.torch.rounding import carrier
 from mezzo.torch.table import SiteSpec
@@ -30,7 +31,7 @@ _SHOWN_SCORES = {
     "fprop.a": "fprop.query", "fprop.b": "fprop.key", "dgrad.out": "dgrad.query", "wgrad.out": "dgrad.key",
 }  # fmt: skip
 _SHOWN_OUT = {
-    "fprop.a": "fprop.probs", "fprop.b": "fprop.value", "fprop.out": "fprop.out", "dgrad.a": "dgrad.a",
+    "fprop.a": "fprop.probs", "fprop.b": "fprop.value", "fprop.out": "fprop.out", "dgrad.a": "dgrad.dout",
     "wgrad.out": "dgrad.value",
 }  # fmt: skip
 
@@ -40,7 +41,7 @@ def algorithm(spec: SiteSpec, device: torch.device) -> str:
     if "fprop.probs" in spec.formats:
         return "explicit"
     # One dtype runs through a native kernel, so the result and the gradient that comes back must have it too.
-    if spec.route(*(f"fprop.{name}" for name in _OPERANDS), "fprop.out", "dgrad.a") == "native":
+    if spec.route(*(f"fprop.{name}" for name in _OPERANDS), "fprop.out", "dgrad.dout") == "native":
         return "native"
     return "flash" if device.type == "cpu" and spec.acc is torch.float32 else "emulated"
 
@@ -87,7 +88,7 @@ def attention(
     k, v = _repeat(k, groups), _repeat(v, groups)
     with float32_kernels(spec.formats["fprop.query"].name if how == "native" else "float32", query.device):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
-    return Leave.apply(out, spec)  # type: ignore[no-any-return]
+    return Leave.apply(out, spec, "dgrad.dout")  # type: ignore[no-any-return]
 
 
 class FlashCPU(torch.autograd.Function):
@@ -122,7 +123,7 @@ class FlashCPU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, logsumexp = ctx.saved_tensors
         spec: SiteSpec = ctx.spec
-        g = spec.cast("dgrad.a", grads[0])
+        g = spec.cast("dgrad.dout", grads[0])
         g, out = _dense(spec, 1, g, out)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, *_dense(spec, ctx.groups, q, k, v), out, logsumexp, 0.0, ctx.causal, attn_mask=None, scale=ctx.scale
@@ -179,19 +180,19 @@ def _explicit_specs(spec: SiteSpec) -> tuple[SiteSpec, SiteSpec]:
     Scores stay as the products' accumulator holds them; the gradients of probabilities and scores are rounded like the
     incoming gradient.
     """
-    f = spec.formats
-    inner = FLOAT64 if spec.acc is torch.float64 else FLOAT32
+    f = spec.specs
+    inner = Spec(FLOAT64 if spec.acc is torch.float64 else FLOAT32)
     scores = {
         "fprop.a": f["fprop.query"], "fprop.b": f["fprop.key"], "fprop.out": inner,
-        "dgrad.a": f["dgrad.a"], "dgrad.b": f["fprop.key"], "dgrad.out": f["dgrad.query"],
-        "wgrad.a": f["dgrad.a"], "wgrad.b": f["fprop.query"], "wgrad.out": f["dgrad.key"],
+        "dgrad.a": f["dgrad.dout"], "dgrad.b": f["fprop.key"], "dgrad.out": f["dgrad.query"],
+        "wgrad.a": f["dgrad.dout"], "wgrad.b": f["fprop.query"], "wgrad.out": f["dgrad.key"],
     }  # fmt: skip
     out = {
         "fprop.a": f["fprop.probs"], "fprop.b": f["fprop.value"], "fprop.out": f["fprop.out"],
-        "dgrad.a": f["dgrad.a"], "dgrad.b": f["fprop.value"], "dgrad.out": inner,
-        "wgrad.a": f["dgrad.a"], "wgrad.b": f["fprop.probs"], "wgrad.out": f["dgrad.value"],
+        "dgrad.a": f["dgrad.dout"], "dgrad.b": f["fprop.value"], "dgrad.out": inner,
+        "wgrad.a": f["dgrad.dout"], "wgrad.b": f["fprop.probs"], "wgrad.out": f["dgrad.value"],
     }  # fmt: skip
     return (
-        SiteSpec(spec.path, spec.call, scores, spec.native, spec.hooks, _SHOWN_SCORES),
-        SiteSpec(spec.path, spec.call, out, spec.native, spec.hooks, _SHOWN_OUT),
+        SiteSpec(spec.path, spec.call, scores, spec.native, spec.hooks, spec.scales, _SHOWN_SCORES),
+        SiteSpec(spec.path, spec.call, out, spec.native, spec.hooks, spec.scales, _SHOWN_OUT),
     )

@@ -16,7 +16,9 @@ from mezzo.policy import LossScaling, Policy
 from mezzo.policy.site import ROOT
 from mezzo.torch.intercept import Seen, attach, detach, refuse_attached
 from mezzo.torch.products import float32_kernels
+from mezzo.torch.rounding import carrier
 from mezzo.torch.scaler import LossScaler
+from mezzo.torch.scales import Scales
 from mezzo.torch.sites import SiteRow, rows
 from mezzo.torch.step import Step
 from mezzo.torch.table import Hooks, Table, Tap
@@ -37,6 +39,7 @@ class Precision:
     policy      a recipe's name, a policy string, or a Policy
     scheduler   one or several learning-rate schedulers, moved after each step that was not skipped
     max_norm    gradients are clipped to this total norm
+    seed        of stochastic rounding
     raises      ConfigError if the policy cannot be carried out on this model
     """
 
@@ -48,6 +51,7 @@ class Precision:
         *,
         scheduler: Any = None,
         max_norm: float | None = None,
+        seed: int = 0,
     ) -> None:
         self.policy = Policy.of(policy)
         self.model = model
@@ -66,6 +70,7 @@ class Precision:
         self.hooks = Hooks(watching=self._always_watches)
         self.hardware = hardware.measure(self.device.type)
         self._tables: dict[str, Table] = {}
+        self.scales = Scales(seed, self.device)
         refuse_attached(model)
         table = self._table(self.policy)
         _make_masters(model, table, self.optimizers)
@@ -96,6 +101,7 @@ class Precision:
         tf32 = any(rule.fmt.name == "tf32" for rule in self.policy.all_rules())
         with float32_kernels("tf32" if tf32 else "float32", self.device):
             loss.mul(self.scaler.scale).backward()
+        self.scales.draws += 1
 
     def step(self) -> Step:
         """Unscale, clip, skip if a gradient is not finite, update, zero the gradients.
@@ -125,6 +131,7 @@ class Precision:
         self._update(grads, divisor, overflow)
         self._roll_back_buffers(overflow)
         self.scaler.update(overflow)
+        self.scales.step(overflow)
         self.steps += 1
         names = [self.names.get(id(p), "a parameter outside of the model") for p in owned]
         self.last = Step(self.steps, overflow, grad_norm, scale, self.scaler.state.at_floor,
@@ -214,7 +221,7 @@ class Precision:
         if key not in self._tables:
             paths = [path or ROOT for path, _ in self.model.named_modules()]
             policy.check_paths(paths)
-            table = self._tables[key] = Table(policy, self.hardware.native, self.hooks)
+            table = self._tables[key] = Table(policy, self.hardware.native, self.hooks, self.scales, paths)
             table.resolve(paths)
         return self._tables[key]
 
@@ -262,11 +269,13 @@ class Precision:
         """
         self._finish_last()
         counts = {"steps": self.steps, "skipped": self.skipped, "bad_run": self.bad_run}
-        return self.scaler.state_dict() | {name: torch.tensor(n) for name, n in counts.items()}
+        own = {name: torch.tensor(n) for name, n in counts.items()}
+        return self.scaler.state_dict() | self.scales.state_dict() | own
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave, after the model's own state was loaded."""
         self.scaler.load_state_dict(state)
+        self.scales.load_state_dict(state)
         self.steps, self.skipped, self.bad_run = (int(state[key]) for key in ("steps", "skipped", "bad_run"))
         self.last = None
         self._keep_buffers()
@@ -297,7 +306,7 @@ def _make_masters(model: nn.Module, table: Table, optimizers: list[Optimizer]) -
     """Store each floating parameter in its master's dtype; float64 masters take the buffers along."""
     found: list[tuple[str, Tensor, torch.dtype]] = []
     for path, module in model.named_modules():
-        master, compute = table.master(path or ROOT), table.compute(path or ROOT)
+        master, compute = carrier(table.master(path or ROOT).fmt), table.compute(path or ROOT)
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point() and parameter.dtype is not master:
                 found.append((f"{path}.{name}" if path else name, parameter, master))

@@ -180,15 +180,15 @@ class Leave(torch.autograd.Function):
     """Round the result of such an operation, and the gradient that comes back to it."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, spec: SiteSpec) -> Tensor:
-        ctx.spec, ctx.dtype = spec, y.dtype
+    def forward(ctx: Any, y: Tensor, spec: SiteSpec, grad_role: str) -> Tensor:
+        ctx.spec, ctx.grad_role, ctx.dtype = spec, grad_role, y.dtype
         out = spec.cast("fprop.out", y)
         return out.view_as(out) if out is y else out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return widen(ctx.spec.cast("dgrad.a", grads[0]), ctx.dtype), None
+        return widen(ctx.spec.cast(ctx.grad_role, grads[0]), ctx.dtype), None, None
 
 
 def bilinear(spec: SiteSpec, op: Callable[..., Tensor], a: Tensor, b: Tensor, bias: Tensor | None, what: str) -> Tensor:
@@ -206,4 +206,4 @@ def bilinear(spec: SiteSpec, op: Callable[..., Tensor], a: Tensor, b: Tensor, bi
     w = Enter.apply(b, spec, "fprop.b", "wgrad.out", dtype)
     c = None if bias is None else _enter_bias(spec, bias, dtype)
     with float32_kernels(spec.formats["fprop.a"].name if native else "float32", a.device):
-        return Leave.apply(op(x, w, c), spec)  # type: ignore[no-any-return]
+        return Leave.apply(op(x, w, c), spec, "dgrad.a")  # type: ignore[no-any-return]

@@ -57,7 +57,7 @@ def quantize(
     if out is not None:
         _check_out(x, fmt, out)
     seed, step, site = (0, 0, 0) if key is None else key
-    site = philox.site_id(site) if isinstance(site, str) else site
+    site = _site_id(site) if isinstance(site, str) else site
     if scale is not None:
         scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
     if torch.compiler.is_compiling():
@@ -70,6 +70,12 @@ def quantize(
     else:
         return _quantize(x, fmt, axis, rounding, overflow, (seed, step, site), scale, dtype, out)
     return y if out is None else out.copy_(y)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _site_id(name: str) -> int:
+    # Dynamo cannot trace a hash; of a name, which is a constant of the graph, it need not.
+    return philox.site_id(name)
 
 
 def result_dtype(dtype: torch.dtype, fmt: AnyFormat) -> torch.dtype:
@@ -168,7 +174,7 @@ def _quantize_op(
     scale: Tensor | None,
 ) -> Tensor:
     found = get_format(fmt)
-    key = (seed % (1 << 64), int(step), site)
+    key = (seed % (1 << 64), step, site)
     dtype = result_dtype(x.dtype, found)
     return _quantize(x.contiguous(), found, axis, rounding, overflow, key, scale, dtype, None)  # type: ignore[arg-type]
 

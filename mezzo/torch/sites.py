@@ -9,7 +9,7 @@ from math import ceil, prod
 import torch
 from torch import nn
 
-from mezzo.formats import get_format
+from mezzo.policy import Spec
 from mezzo.torch.attention import algorithm
 from mezzo.torch.intercept import Seen, SiteMode
 from mezzo.torch.table import SiteSpec, Table
@@ -21,7 +21,7 @@ class SiteRow:
 
     site    `path:role`, or `path:op NAME` for an operation that no rule speaks of
     shape   of the tensor; () for a scalar
-    format  what its values are rounded to, or the dtype that an uncovered operation ran in
+    format  what its values are rounded to, and how if not to nearest; or the dtype that an uncovered operation ran in
     route   "native", "emulated", "flash", "explicit", "kernel" (left to a kernel), "not covered"
     bytes   the tensor's size in that format
     calls   how often the site was met in one forward pass; shape and bytes are those of one call
@@ -48,20 +48,20 @@ def rows(model: nn.Module, mode: SiteMode, seen: Iterable[Seen]) -> list[SiteRow
 def _rows_of(seen: Seen, table: Table) -> Iterator[SiteRow]:
     def row(role: str, shape: tuple[int, ...], fmt: str, route: str) -> SiteRow:
         return SiteRow(
-            f"{seen.path}:{role}", shape, fmt, route, ceil(prod(shape) * get_format(fmt).bits / 8), seen.calls
+            f"{seen.path}:{role}", shape, fmt, route, ceil(prod(shape) * Spec.parse(fmt).fmt.bits / 8), seen.calls
         )
 
     if seen.kind == "product":
         spec = table.product(seen.path, 0)
         for role, shape in _product_shapes(seen.shapes[0], seen.shapes[1], seen.out).items():
-            yield row(role, shape, spec.formats[role].name, _product_route(spec, role, seen.device))
+            yield row(role, shape, str(spec.specs[role]), _product_route(spec, role, seen.device))
     elif seen.kind == "attention":
         spec = table.attention(seen.path, 0)
         how = algorithm(spec, seen.device)
         for role, shape in _attention_shapes(seen.shapes[0], seen.shapes[1], seen.shapes[2], seen.out).items():
-            known = spec.formats.get(role)
+            known = spec.specs.get(role)
             if known is not None:
-                yield row(role, shape, known.name, how)
+                yield row(role, shape, str(known), how)
             else:  # the kernel's own: float32 in emulation, the operands' format on tensor cores
                 kept = spec.formats["fprop.query"].name if how == "native" else "float32"
                 yield row(role, shape, kept, "kernel")
@@ -94,5 +94,5 @@ def _attention_shapes(
     probs = (*query[:-1], key[-2])
     return {
         "fprop.query": query, "fprop.key": key, "fprop.value": value, "fprop.probs": probs, "fprop.out": out,
-        "dgrad.a": out, "dgrad.query": query, "dgrad.key": key, "dgrad.value": value,
+        "dgrad.dout": out, "dgrad.query": query, "dgrad.key": key, "dgrad.value": value,
     }  # fmt: skip

@@ -11,9 +11,13 @@ from torch import Tensor
 from mezzo.errors import ConfigError
 from mezzo.formats import FLOAT32, AnyFormat
 from mezzo.formats.spec import E8M0
-from mezzo.policy import Policy, Site
+from mezzo.policy import Policy, Rule, Site, Spec
+from mezzo.policy.policy import find
 from mezzo.policy.site import ATTENTION_ROLES, PRODUCT_ROLES
+from mezzo.torch.hadamard import hadamard
+from mezzo.torch.quantize import quantize
 from mezzo.torch.rounding import CARRIERS, carrier, cast, depends_on_axis, widen
+from mezzo.torch.scales import Scales
 
 Tap = Callable[[Site, Tensor, Tensor], None]
 OUTPUTS = ("fprop.out", "dgrad.out", "wgrad.out", "dgrad.query", "dgrad.key", "dgrad.value")
@@ -38,10 +42,11 @@ class Hooks:
 
 
 class SiteSpec:
-    """The formats of one layer's roles, and how to carry them out.
+    """What one layer's roles are given, and how to carry it out.
 
-    formats   role → Format
+    specs     role → Spec;  formats: role → its format
     native    names of the formats that this machine multiplies itself
+    scales    the state of stochastic rounding and of delayed scales
     acc       dtype that emulated products are computed in
     shown     role → the role that listeners are told, where it is part of a larger operation; others are not told
     """
@@ -50,12 +55,14 @@ class SiteSpec:
         self,
         path: str,
         call: int,
-        formats: dict[str, AnyFormat],
+        specs: dict[str, Spec],
         native: frozenset[str],
         hooks: Hooks,
+        scales: Scales,
         shown: dict[str, str] | None = None,
     ) -> None:
-        self.path, self.call, self.formats, self.hooks, self.shown = path, call, formats, hooks, shown
+        self.path, self.call, self.specs, self.hooks, self.scales, self.shown = path, call, specs, hooks, scales, shown
+        self.formats = formats = {role: spec.fmt for role, spec in specs.items()}
         self.acc = torch.float64 if any(f.name == "float64" for f in formats.values()) else torch.float32
         self.native = native
         names = {f.name for f in formats.values()}
@@ -66,7 +73,10 @@ class SiteSpec:
 
         axis    the one that the product sums over
         """
-        y = cast(x, self.formats[role], axis)
+        spec = self.specs[role]
+        if spec.hadamard:
+            x = hadamard(x, axis=axis, block=spec.hadamard)
+        y = cast(x, spec.fmt, axis) if not (spec.delayed or spec.rounding != "nearest") else self._cast(role, x, axis)
         if self.hooks.active and not torch.compiler.is_compiling():
             if self.shown is not None:
                 if role not in self.shown:
@@ -78,6 +88,26 @@ class SiteSpec:
             if self.hooks.watching and role in OUTPUTS:
                 self.hooks.nonfinite.append((site, ~torch.isfinite(y.sum(dtype=torch.float32))))
         return y
+
+    def _cast(self, role: str, x: Tensor, axis: int) -> Tensor:
+        """Round with random words or with a scale from earlier steps."""
+        spec = self.specs[role]
+        site = Site(self.path, (self.shown or {}).get(role, role), self.call)
+        scale = None
+        if spec.delayed:
+            forward = role.startswith("fprop")
+            scale = self.scales.scale(site, x, spec, self.scales.noting or not forward)
+        kept = spec.fmt.name in CARRIERS
+        y = quantize(
+            x,
+            spec.fmt,
+            axis=axis,
+            rounding=spec.rounding,
+            overflow="cast" if kept else "saturate",
+            key=self.scales.key(site) if spec.rounding == "stochastic" else None,
+            scale=scale,
+        )
+        return y.to(carrier(spec.fmt)) if kept else y
 
     def wide(self, x: Tensor) -> Tensor:
         """`x` in the dtype of the emulated product (exact)."""
@@ -95,15 +125,17 @@ class SiteSpec:
 
     def shared(self, one: str, other: str) -> bool:
         """Whether a tensor rounded for one role serves the other, which sums over another axis."""
-        return self.formats[one] == self.formats[other] and not depends_on_axis(self.formats[one])
+        spec = self.specs[one]
+        # Random words and delayed scales are each role's own; the transform lies along the summed axis.
+        return spec == self.specs[other] and spec.plain and not depends_on_axis(spec.fmt)
 
     def require_same(self, what: str, *roles: str) -> None:
         """Refuse formats that this operation cannot tell apart."""
-        names = {role: self.formats[role].name for role in roles if role in self.formats}
+        names = {role: str(self.specs[role]) for role in roles if role in self.specs}
         if len(set(names.values())) > 1:
             listed = ", ".join(f"{role}={name}" for role, name in names.items())
             raise ConfigError(f"{self.path}: {what} keeps one rounded copy for {listed}; give these roles one format")
-        blocks = [role for role in names if depends_on_axis(self.formats[role])]
+        blocks = [role for role in names if depends_on_axis(self.formats[role]) or self.specs[role].hadamard]
         if blocks:
             raise ConfigError(
                 f"{self.path}:{blocks[0]}={names[blocks[0]]}: {what} sums over several axes in its three products, so "
@@ -120,23 +152,31 @@ class SiteSpec:
 
 
 class Table:
-    """A policy's formats for every path that is asked for, looked up once."""
+    """A policy's specs for every path that is asked for, looked up once.
 
-    def __init__(self, policy: Policy, native: frozenset[str], hooks: Hooks) -> None:
-        self.policy, self.native, self.hooks = policy, native, hooks
-        self.by_call = any(rule.by_call for rule in policy.all_rules())
+    paths    the model's module paths, which rules by depth count in
+    """
+
+    def __init__(
+        self, policy: Policy, native: frozenset[str], hooks: Hooks, scales: Scales, paths: Iterable[str] = ()
+    ) -> None:
+        self.policy, self.native, self.hooks, self.scales = policy, native, hooks, scales
+        self.rules: tuple[Rule, ...] = policy.rules_for(paths)
+        self.by_call = any(rule.by_call for rule in self.rules)
         self._products: dict[tuple[str, int], SiteSpec] = {}
         self._attention: dict[tuple[str, int], SiteSpec] = {}
         self._compute: dict[str, torch.dtype] = {}
 
     def resolve(self, paths: Iterable[str]) -> None:
         """Look all of `paths` up now: a compiler that met the look-up inside of a model would trace it."""
-        calls = {0, *(int(rule.path.partition("#")[2]) for rule in self.policy.all_rules() if rule.by_call)}
+        calls = {0, *(int(rule.path.partition("#")[2]) for rule in self.rules if rule.by_call)}
+        delayed: dict[Site, Spec] = {}
         for path in paths:
             self.compute(path)
             for call in calls:
-                self.product(path, call)
-                self.attention(path, call)
+                for one in (self.product(path, call), self.attention(path, call)):
+                    delayed |= {Site(path, role, call): spec for role, spec in one.specs.items() if spec.delayed}
+        self.scales.add(delayed.items())
 
     def product(self, path: str, call: int) -> SiteSpec:
         return self._spec(self._products, PRODUCT_ROLES, path, call)
@@ -148,17 +188,18 @@ class Table:
     def _spec(self, cache: dict[tuple[str, int], SiteSpec], roles: tuple[str, ...], path: str, call: int) -> SiteSpec:
         key = (path, call if self.by_call else 0)
         if key not in cache:
-            formats = {}
+            specs = {}
             for role in roles:
-                fmt = self.policy.format(Site(path, role, key[1]))
-                if fmt is not None or role != "fprop.probs":
-                    formats[role] = fmt or FLOAT32
-            _check(path, formats)
-            cache[key] = SiteSpec(path, key[1], formats, self.native, self.hooks)
+                spec = find(self.rules, Site(path, role, key[1]))
+                if spec is not None or role != "fprop.probs":
+                    specs[role] = spec or Spec(FLOAT32)
+            _check(path, specs)
+            cache[key] = SiteSpec(path, key[1], specs, self.native, self.hooks, self.scales)
         return cache[key]
 
     def compute_format(self, path: str) -> AnyFormat:
-        return self.policy.format(Site(path, "compute")) or FLOAT32
+        spec = find(self.rules, Site(path, "compute"))
+        return FLOAT32 if spec is None else spec.fmt
 
     def compute(self, path: str) -> torch.dtype:
         """The dtype that a norm, softmax, embedding or loss at `path` computes in."""
@@ -169,16 +210,25 @@ class Table:
             self._compute[path] = carrier(fmt)
         return self._compute[path]
 
-    def master(self, path: str) -> torch.dtype:
-        fmt = self.policy.format(Site(path, "master")) or FLOAT32
-        if fmt.name not in ("float32", "float64"):
-            raise ConfigError(f"{path}:master={fmt}: masters are float32 or float64")
-        return carrier(fmt)
+    def master(self, path: str) -> Spec:
+        """How the weights of `path` are stored."""
+        spec = find(self.rules, Site(path, "master")) or Spec(FLOAT32)
+        if spec.fmt.name not in ("float32", "float64", "bfloat16"):
+            raise ConfigError(f"{path}:master={spec}: masters are float32, float64 or bfloat16")
+        return spec
 
 
-def _check(path: str, formats: dict[str, AnyFormat]) -> None:
-    """Refuse formats that a role cannot have."""
-    for role, fmt in formats.items():
+def _check(path: str, specs: dict[str, Spec]) -> None:
+    """Refuse what a role cannot have."""
+    for product in ("fprop", "dgrad", "wgrad"):
+        blocks = [specs[role].hadamard for role in (f"{product}.a", f"{product}.b") if role in specs]
+        if len(set(blocks)) > 1:
+            raise ConfigError(
+                f"{path}:{product}: a Hadamard transform of one operand is undone by that of the other, so both need "
+                f"the same block; {product}.a has {blocks[0] or 'none'}, {product}.b has {blocks[1] or 'none'}"
+            )
+    for role, spec in specs.items():
+        fmt = spec.fmt
         if fmt is E8M0:
             raise ConfigError(f"{path}:{role}={fmt}: it is a format for scales, not for tensors")
         if role in OUTPUTS and fmt.name not in CARRIERS:

@@ -6,16 +6,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mezzo.errors import ConfigError
-from mezzo.formats import FORMATS, get_format
-from mezzo.policy import RECIPES, LossScaling, Policy, Rule, Site
+from mezzo.formats import FORMATS, SCALED, get_format
+from mezzo.formats.rounding import ROUNDINGS
+from mezzo.policy import RECIPES, LossScaling, Policy, Rule, Site, Spec
 from mezzo.policy.site import ROLES, SHORTHANDS
 
 PATHS = st.text(string.ascii_letters + string.digits + "._*?[]-:", min_size=1, max_size=12)
 CALLS = st.one_of(st.just(""), st.integers(0, 99).map("#{}".format))
 ROLE = st.sampled_from([*ROLES, *SHORTHANDS, "*", "fprop.*", "?grad.out"])
-RULES = st.builds(
-    lambda path, call, role, fmt: Rule(path + call, role, fmt), PATHS, CALLS, ROLE, st.sampled_from([*FORMATS.values()])
-)
+OPERAND = st.sampled_from(["fprop.a", "wgrad.b"])
+FORMAT = st.sampled_from([*FORMATS.values(), *SCALED.values()])
+# What each kind of role may be given beside a format.
+RULES = st.one_of(
+    st.builds(lambda path, call, role, fmt: Rule(path + call, role, Spec(fmt)), PATHS, CALLS, ROLE, FORMAT),
+    st.builds(
+        lambda path, role, fmt, rounding, block: Rule(path, role, Spec(fmt, rounding, block)),
+        PATHS, OPERAND, FORMAT, st.sampled_from(ROUNDINGS), st.sampled_from([0, 4, 16, 64]),
+    ),
+    st.builds(
+        lambda path, role, n: Rule(path, role, Spec(get_format("e5m2@tensor"), delayed=n)),
+        PATHS, OPERAND, st.integers(0, 99),
+    ),
+    st.builds(
+        lambda path, keep: Rule(path, "master", Spec(get_format("bf16"), keep=keep)),
+        PATHS, st.sampled_from(["kahan", "split"]),
+    ),
+)  # fmt: skip
 POWERS = st.integers(-20, 20).map(lambda n: 2.0**n)
 SCALINGS = st.one_of(
     st.none(),
@@ -75,7 +91,7 @@ def test_a_policy_string_without_loss_scale_has_its_recipes_own():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bf61", "unknown recipe 'bf61'; known: fp64, fp32, tf32, bf16, fp16; did you mean bf16?"),
+        ("bf61", f"unknown recipe 'bf61'; known: {', '.join(RECIPES)}; did you mean bf16?"),
         ("", "unknown recipe ''; known: fp64, fp32, tf32, bf16, fp16"),
         ("bf16; head:input=fp17", "unknown number format 'fp17'; known: float64, float32, tf32, bfloat16, float16"),
         ("bf16; head:inputs=fp16", "unknown role 'inputs' in the rule for 'head'; known: input, weight, grad_output"),
@@ -141,6 +157,81 @@ def test_a_shorthand_speaks_of_its_tensor_in_every_product_and_of_nothing_else(n
 def test_every_recipe_speaks_of_every_role_but_the_probabilities():
     for name in RECIPES:
         assert {role for role in ROLES if Policy.parse(name).format(Site("x", role)) is None} == {"fprop.probs"}
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("nvfp4", Spec(SCALED["nvfp4"])),
+        ("nvfp4 stochastic hadamard", Spec(SCALED["nvfp4"], "stochastic", 16)),
+        ("bf16 toward_zero", Spec(get_format("bf16"), "toward_zero")),
+        ("e4m3@tensor delayed=3", Spec(get_format("e4m3@tensor"), delayed=3)),
+        ("bf16 kahan", Spec(get_format("bf16"), keep="kahan")),
+    ],
+)
+def test_words_after_a_format_say_how_tensors_get_into_it(text, spec):
+    assert Spec.parse(text) == spec == Spec.parse(str(spec))
+    assert spec.plain == (text == "nvfp4")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nvfp4 stohastic", "unknown word 'stohastic' after the format 'nvfp4'; known: stochastic, toward_zero"),
+        ("nvfp4 stochastic toward_zero", "says its rounding twice"),
+        ("nvfp4 hadamard=8", "power of four"),
+        ("nvfp4 hadamard=x", "unknown word 'hadamard=x'"),
+        ("nvfp4 delayed", "one float32 scale, e4m3@tensor; not for nvfp4"),
+        ("e4m3@row delayed", "not for float8_e4m3fn@row"),
+        ("fp16 kahan", "weights in bfloat16, not in float16"),
+        ("bf16 split stochastic", "to nearest, not stochastic"),
+        ("", "unknown number format ''"),
+    ],
+)
+def test_words_that_make_no_sense_are_errors(text, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Spec.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("*:compute=bf16 stochastic", "another rounding is for"),
+        ("*:fprop.out=bf16 stochastic", "also speaks of fprop.out"),
+        ("*:input=nvfp4 hadamard", "also speaks of fprop.query"),
+        ("*:fprop.a=bf16 kahan", "kahan and split are for master"),
+        ("*:state=e4m3@tensor delayed", "delayed is for"),
+    ],
+)
+def test_words_are_refused_where_they_mean_nothing(rule, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Policy.parse(f"bf16; {rule}")
+
+
+def paths_of(blocks):
+    return ["(model)", "blocks", "head", *(f"blocks.{i}" for i in range(blocks)),
+            *(f"blocks.{i}.up.{j}" for i in range(blocks) for j in range(4))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("blocks", "meant"), [(1, []), (4, [3]), (12, [10, 11]), (62, [0, 1, *range(54, 62)])])
+def test_rules_by_depth_count_the_models_blocks(blocks, meant):
+    """NVFP4's recipe keeps 2 and 8 of the paper's 62 blocks."""
+    rules = Policy.parse("nvfp4").rules_for(paths_of(blocks))
+    kept = {rule.path for rule in rules if rule.role == "weight" and rule.path.startswith("blocks")}
+    assert kept == {f"blocks.{i}.*" for i in meant}
+
+
+def test_a_rule_by_depth_is_a_rule_like_any_other():
+    policy = Policy.parse("bf16; *.up.first-50%:input=float32; blocks.last-50%.up.*#1:weight=float32")
+    assert Policy.from_toml(policy.to_toml()) == policy == Policy.parse(str(policy))
+    rules = policy.rules_for(paths_of(3))
+    assert [str(rule) for rule in rules[-4:]] == [
+        "*.up.0:input=float32", "*.up.1:input=float32",
+        "blocks.1.up.*#1:weight=float32", "blocks.2.up.*#1:weight=float32",
+    ]  # fmt: skip
+    policy.check_paths(paths_of(3))
+    with pytest.raises(ConfigError, match="matches nothing"):
+        Policy.parse("bf16; layers.last-10%.*:input=float32").check_paths(paths_of(3))
 
 
 def test_a_call_index_narrows_a_rule_to_one_call():

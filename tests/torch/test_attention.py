@@ -135,13 +135,13 @@ def test_explicit_attention_without_narrow_formats_is_attention():
 
 def test_the_flash_kernel_is_right_for_rows_that_are_not_dense():
     q, k, v, g = tensors()
-    dense, _ = run("bf16; *:dgrad.a=float32", q, k, v, g)
+    dense, _ = run("bf16; *:dgrad.dout=float32", q, k, v, g)
     views = [x.mT.contiguous().mT for x in (q, k, v, g)]
-    got, route = run("bf16; *:dgrad.a=float32", *views)
+    got, route = run("bf16; *:dgrad.dout=float32", *views)
     assert route == "flash"
     assert all(torch.equal(a, b) for a, b in zip(got, dense, strict=True))
     model = Attention()
-    Precision(model, policy="bf16; *:dgrad.a=float32; *:fprop.out=float32")
+    Precision(model, policy="bf16; *:dgrad.dout=float32; *:fprop.out=float32")
     q = q.requires_grad_()
     model(q, k, v).sum().backward()  # an expanded gradient of ones
     dq, q.grad = q.grad, None
@@ -149,7 +149,7 @@ def test_the_flash_kernel_is_right_for_rows_that_are_not_dense():
     assert torch.equal(dq, q.grad)
 
 
-@pytest.mark.parametrize("role", ["fprop.query", "fprop.key", "fprop.value", "dgrad.a", "dgrad.query", "dgrad.key",
+@pytest.mark.parametrize("role", ["fprop.query", "fprop.key", "fprop.value", "dgrad.dout", "dgrad.query", "dgrad.key",
                                   "dgrad.value"])  # fmt: skip
 def test_a_rule_for_one_operand_changes_what_it_must_and_nothing_else(role):
     q, k, v, g = tensors()
@@ -165,7 +165,7 @@ def test_a_rule_for_one_operand_changes_what_it_must_and_nothing_else(role):
         "fprop.query": everything,
         "fprop.key": everything,
         "fprop.value": everything - {"value"},  # dv = pT g knows nothing of v
-        "dgrad.a": everything - {"out"},
+        "dgrad.dout": everything - {"out"},
     }.get(role, {role.removeprefix("dgrad.")})
 
 

@@ -204,7 +204,7 @@ def test_a_refused_precision_leaves_the_model_as_it_was():
     model, optimizer, _ = make()
     for policy, message in {
         "fp64; hat:input=fp16": "the rule 'hat:input=float16' matches nothing in this model; did you mean head?",
-        "fp64; head:master=bf16": "head:master=bfloat16: masters are float32 or float64",
+        "fp64; head:master=fp16": "head:master=float16: masters are float32, float64 or bfloat16",
         "fp64; head:compute=tf32": "head:compute=tf32: tf32 is a format for operands of products; use float32",
     }.items():
         with pytest.raises(ConfigError, match=re.escape(message)):
@@ -486,7 +486,7 @@ def test_a_tap_hears_every_rounding_while_it_is_open():
         assert {f"{name}:{p}.{r}" for p in ("fprop", "dgrad", "wgrad") for r in ("a", "b", "out")} <= sites
     attention = {site for site in sites if site.startswith("(model):")}
     assert attention == {f"(model):fprop.{r}" for r in ("query", "key", "value", "probs", "out")} | {
-        f"(model):dgrad.{r}" for r in ("a", "query", "key", "value")
+        f"(model):dgrad.{r}" for r in ("dout", "query", "key", "value")
     }
     assert all(before.shape == after.shape for _, before, after in heard)
     _, before, after = next(x for x in heard if x[0] == "up:fprop.a")

@@ -12,6 +12,7 @@ from mezzo.policy import Policy, Site
 from mezzo.torch import Precision
 from mezzo.torch.intercept import SiteMode
 from mezzo.torch.products import Linear, Matmul
+from mezzo.torch.scales import Scales
 from mezzo.torch.table import Hooks, Table
 
 pytestmark = pytest.mark.usefixtures("slow_16_bits")
@@ -271,7 +272,7 @@ def test_the_native_route_agrees_with_the_emulated_one_within_the_bound(case, po
     fmt = "bfloat16" if policy == "bf16" else "float16"
     model = Product(op)
     precision = Precision(model, policy=policy)
-    precision.mode.table = Table(precision.policy, EMULATED | {fmt}, precision.hooks)
+    precision.mode.table = Table(precision.policy, EMULATED | {fmt}, precision.hooks, precision.scales)
     a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
     out = model(a, b)
     out.backward(g)
@@ -283,7 +284,9 @@ def test_the_native_route_agrees_with_the_emulated_one_within_the_bound(case, po
 
 def test_what_is_native_is_given_to_the_kernel_in_its_own_dtype():
     seen = []
-    spec = Table(Policy.parse("bf16; *:wgrad.out=bfloat16"), EMULATED | {"bfloat16"}, Hooks()).product("x", 0)
+    spec = Table(
+        Policy.parse("bf16; *:wgrad.out=bfloat16"), EMULATED | {"bfloat16"}, Hooks(), Scales(0, torch.device("cpu"))
+    ).product("x", 0)
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
