@@ -9,6 +9,12 @@ from mezzo.errors import ConfigError
 from mezzo.formats.hadamard import check_block, signs
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _signs(block: int, seed: int) -> tuple[float, ...]:
+    # Dynamo cannot trace the hash and the integers behind the signs, which are constants of the graph.
+    return tuple(signs(block, seed).tolist())
+
+
 def hadamard(x: Tensor, *, axis: int = -1, block: int = 16, seed: int = 0, inverse: bool = False) -> Tensor:
     """Multiply each block along an axis by diag(signs)·H / sqrt(block); see `mezzo.formats.hadamard`.
 
@@ -22,7 +28,7 @@ def hadamard(x: Tensor, *, axis: int = -1, block: int = 16, seed: int = 0, inver
     check_block(block, moved.shape[-1])
     work = torch.float64 if x.dtype is torch.float64 else torch.float32
     y = moved.to(work).reshape(-1, block)
-    flip = torch.from_numpy(signs(block, seed)).to(x.device, work)
+    flip = torch.tensor(_signs(block, seed), dtype=work, device=x.device)
     if not inverse:
         y = y * flip
     half = 1
