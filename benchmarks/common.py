@@ -14,13 +14,18 @@ from mezzo import hardware
 RESULTS = Path(__file__).parent / "results"
 
 
+def commit() -> str:
+    """The commit that is checked out."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip()
+
+
 def write_result(name: str, data: dict[str, Any]) -> Path:
     """Write results/NAME.json with the machine, the command and the commit that it came from."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     whole = {
         "benchmark": name,
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "when": time.strftime("%Y-%m-%d %H:%M:%S"),
         "machine": hardware.machine(),
         **data,

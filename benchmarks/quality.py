@@ -1,44 +1,78 @@
-"""Does gpt-proof lose quality in bfloat16 or float16? Paired runs on the stdlib corpus, with a control arm.
+"""Does gpt-proof lose quality under a recipe? Paired runs on the stdlib corpus, with a control arm.
 
-    python benchmarks/quality.py [--steps 1000] [--seeds 8]
+    python benchmarks/quality.py [--steps 1000] [--seeds N] [--arms …] [--minutes M]
 
 For each seed every arm starts from the same weights and sees the same batches in the same order. Arms: fp32; control
-(fp32 with every gradient element multiplied by 1 + 1e-7·N(0, 1)); bf16; fp16. Held-out loss is evaluated in float32.
-The figure is the paired relative gap to fp32 with its 90% interval, which is what two one-sided tests at 5% compare
-with the margin, 0.25%, fixed here in advance (numerics.md, "Proof"; DeepSeek-V3, arXiv 2412.19437).
+(fp32 with every gradient element multiplied by 1 + 1e-7·N(0, 1)); every recipe; and some recipes without the remedy
+that they are known for. Held-out loss is evaluated in float32. The figure is the paired relative gap to fp32 with its
+90% interval, which is what two one-sided tests at 5% compare with the margin, 0.25%, fixed here in advance
+(numerics.md, "Proof"; DeepSeek-V3, arXiv 2412.19437). Eight seeds for the headline recipes, three for the others.
 
-Restartable: finished runs are kept in runs/quality/. Two processes of one thread each.
+All formats below 32 bits take the emulated route, whatever the machine, so that runs of different machines agree but
+for the order of float32 sums. Restartable: each finished run is a line of benchmarks/results/quality-runs.jsonl, and pairs
+are made only of runs of one machine type and one version of torch. Two processes of one thread each.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import platform
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from math import sqrt
-from pathlib import Path
 from typing import Any
 
-from common import write_result
+from common import RESULTS, commit, write_result
 
-ARMS = {"fp32": "fp32", "control": "fp32", "bf16": "bf16", "fp16": "fp16"}
 MARGIN = 0.0025
 PERTURBATION = 1e-7
-KEPT = Path("runs/quality")
+KEPT = RESULTS / "quality-runs.jsonl"
+OPERANDS = ("fprop.a", "fprop.b", "dgrad.a", "dgrad.b", "wgrad.a", "wgrad.b")
+
+
+@dataclass(frozen=True)
+class Arm:
+    policy: str
+    seeds: int = 3
+    perturbed: bool = False
+
+
+def _everywhere(fmt: str) -> str:
+    """Rules that give all operands of all products but the head's one format."""
+    head = [f"head:{name}=bfloat16" for name in ("input", "weight", "grad_output")]
+    return "; ".join(["bf16", *(f"*:{role}={fmt}" for role in OPERANDS), *head])
+
+
+ARMS = {
+    "fp32": Arm("fp32", 8),
+    "control": Arm("fp32", 8, perturbed=True),
+    **{name: Arm(name, 8) for name in ("bf16", "fp16", "fp8", "mxfp8", "nvfp4")},
+    **{name: Arm(name) for name in ("fp64", "tf32", "bf16-pure", "bf16-pure-kahan", "bf16-pure-split", "fp8-row",
+                                    "fp8-block", "mxfp4")},
+    "fp8 delayed": Arm("; ".join(["fp8", *(f"*:{role}={fmt}@tensor delayed" for role, fmt in zip(
+        OPERANDS, ("e4m3", "e4m3", "e5m2", "e4m3", "e5m2", "e4m3"), strict=True)),
+        *(f"head:{name}=bfloat16" for name in ("input", "weight", "grad_output"))])),
+    "fp16 without loss scaling": Arm("fp16; loss_scale=none"),
+    "bf16-pure to nearest": Arm("bf16-pure; *:master=bfloat16; *:state=bfloat16"),
+    "mxfp8, floor rule": Arm(_everywhere("mxfp8_e4m3+floor")),
+    "mxfp4, floor rule": Arm(_everywhere("mxfp4+floor")),
+    "mxfp4 without remedies": Arm(_everywhere("mxfp4")),
+}  # fmt: skip
 
 
 def one_run(arm: str, seed: int, steps: int) -> dict[str, Any]:
-    """Train one arm with one seed; the result is kept on disk and taken from there next time."""
-    kept = KEPT / f"{arm}-{seed}-{steps}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
+    """Train one arm with one seed."""
     import torch
 
     torch.set_num_threads(1)
+    from mezzo import hardware
     from mezzo.data.batches import Batches, bits_per_byte, valid_batches
+    from mezzo.hardware import Hardware
     from mezzo.models.gpt_torch import GPT
     from mezzo.torch import Precision
     from mezzo.train.config import load
@@ -51,7 +85,9 @@ def one_run(arm: str, seed: int, steps: int) -> dict[str, Any]:
     shape = model_config(config, corpus)
     model = GPT(shape, generator=torch.Generator().manual_seed(seed))
     optimizer = make_optimizer(model, config)
-    precision = Precision(model, optimizer, ARMS[arm], max_norm=t.clip)
+    emulates = Hardware("cpu", "emulates", {"float32": 1.0}, 1.0, "quality")
+    hardware.measure = lambda *_, **__: emulates
+    precision = Precision(model, optimizer, ARMS[arm].policy, max_norm=t.clip, seed=seed)
     batches = Batches(corpus.train, batch=t.batch, seq_len=shape.seq_len, seed=seed)
     noise = torch.Generator().manual_seed(seed + 1000)
     begin, losses, skipped = time.perf_counter(), [], 0
@@ -63,7 +99,7 @@ def one_run(arm: str, seed: int, steps: int) -> dict[str, Any]:
         x, y = (torch.from_numpy(a) for a in batches.batch_at(step))
         loss = model(x, y)
         precision.backward(loss)
-        if arm == "control":
+        if ARMS[arm].perturbed:
             for p in model.parameters():
                 p.grad.mul_(1 + PERTURBATION * torch.randn(p.shape, generator=noise))
         skipped += precision.step().skipped_now()
@@ -73,8 +109,10 @@ def one_run(arm: str, seed: int, steps: int) -> dict[str, Any]:
     with precision.using("fp32"):
         in_fp32, _ = evaluate(model, iter(valid), torch.device("cpu"))
     text_bytes = int(sum(corpus.tokenizer.byte_lengths()[y].sum() for _, y in valid))
-    result = {
+    return {
         "arm": arm,
+        "policy": ARMS[arm].policy,
+        "rules": rules_of(ARMS[arm]),
         "seed": seed,
         "steps": steps,
         "val_loss_fp32": in_fp32,
@@ -84,12 +122,49 @@ def one_run(arm: str, seed: int, steps: int) -> dict[str, Any]:
         "skipped": skipped,
         "seconds": time.perf_counter() - begin,
         "corpus": corpus.sha256,
+        "commit": commit(),
+        **where(),
     }
-    KEPT.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(".tmp")
-    part.write_text(json.dumps(result))
-    part.rename(kept)
-    return result
+
+
+def rules_of(arm: Arm) -> str:
+    """A hash of all that a policy says, its recipe's rules included."""
+    from mezzo.policy import Policy
+
+    policy = Policy.parse(arm.policy)
+    text = "; ".join([*map(str, policy.all_rules()), str(policy.loss_scaling)])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def where() -> dict[str, str]:
+    """What runs must share to be paired."""
+    import torch
+
+    from mezzo import hardware
+
+    sets = hardware.instruction_sets() or {}
+    return {
+        "machine": f"{platform.machine()}, {hardware.processor()}, {' '.join(n for n, there in sets.items() if there)}",
+        "torch": torch.__version__,
+    }
+
+
+def kept(steps: int) -> list[dict[str, Any]]:
+    """Finished runs of this machine type, one an arm and seed; those of rules that have changed do not count."""
+    if not KEPT.exists():
+        return []
+    runs = {}
+    for line in KEPT.read_text().splitlines():
+        run = json.loads(line)
+        arm = ARMS.get(run["arm"])
+        if (
+            arm is not None
+            and run["rules"] == rules_of(arm)
+            and run["steps"] == steps
+            and where().items() <= run.items()
+        ):
+            runs[run["arm"], run["seed"]] = run
+    return list(runs.values())
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -97,17 +172,21 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     from scipy.stats import t as student
 
     by = {(r["arm"], r["seed"]): r for r in runs}
-    seeds = sorted({r["seed"] for r in runs})
     table = {}
     for arm in ARMS:
+        seeds = sorted(s for a, s in by if a == arm and ("fp32", s) in by)
+        if not seeds:
+            continue
         mine = [by[arm, s] for s in seeds]
         row: dict[str, Any] = {
+            "policy": ARMS[arm].policy,
+            "seeds": len(seeds),
             "val_loss_fp32": statistics.fmean(r["val_loss_fp32"] for r in mine),
             "bits_per_byte": statistics.fmean(r["bits_per_byte"] for r in mine),
             "evaluation_gap": statistics.fmean(r["val_loss_policy"] / r["val_loss_fp32"] - 1 for r in mine),
             "skipped": sum(r["skipped"] for r in mine),
         }
-        if arm != "fp32":
+        if arm != "fp32" and len(seeds) > 1:
             gaps = [by[arm, s]["val_loss_fp32"] / by["fp32", s]["val_loss_fp32"] - 1 for s in seeds]
             mean, n = statistics.fmean(gaps), len(gaps)
             half = float(student.ppf(0.95, n - 1)) * statistics.stdev(gaps) / sqrt(n)
@@ -118,28 +197,51 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def train(jobs: list[tuple[str, int, int]], until: float) -> None:
+    """Run the jobs, two at a time; none is begun after `until`."""
+    waiting, done = list(jobs), 0
+    with ProcessPoolExecutor(2) as pool:
+        running = {pool.submit(one_run, *waiting.pop(0)) for _ in range(min(2, len(waiting)))}
+        while running:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                run = future.result()
+                with KEPT.open("a") as file:
+                    file.write(json.dumps(run) + "\n")
+                done += 1
+                what = f"{run['arm']} seed {run['seed']}: {run['val_loss_fp32']:.4f} ({run['seconds']:.0f} s)"
+                print(f"{done}/{len(jobs)} {what}", file=sys.stderr, flush=True)
+                if waiting and time.monotonic() < until:
+                    running.add(pool.submit(one_run, *waiting.pop(0)))
+    if waiting:
+        print(f"time is up: {len(waiting)} runs left; the same command goes on", file=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, help="at most so many seeds an arm")
+    parser.add_argument("--arms", nargs="*", default=[*ARMS], help="only these")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many minutes")
     args = parser.parse_args()
-    jobs = [(arm, seed, args.steps) for seed in range(args.seeds) for arm in ARMS]
-    with ProcessPoolExecutor(2) as pool:
-        futures = [pool.submit(one_run, *job) for job in jobs]
-        runs = []
-        for future in futures:
-            runs.append(future.result())
-            r = runs[-1]
-            what = f"{r['arm']} seed {r['seed']}: {r['val_loss_fp32']:.4f} ({r['seconds']:.0f} s)"
-            print(f"{len(runs)}/{len(jobs)} {what}", file=sys.stderr, flush=True)
+    until = time.monotonic() + 60 * args.minutes
+    have = {(r["arm"], r["seed"]) for r in kept(args.steps)}
+    most = args.seeds or max(arm.seeds for arm in ARMS.values())
+    jobs = [(arm, seed, args.steps) for seed in range(most) for arm in args.arms if seed < ARMS[arm].seeds]
+    train([job for job in jobs if job[:2] not in have], until)
+    runs = kept(args.steps)
     table = summary(runs)
-    about = {"model": "gpt-proof, batch 8, lr 3e-3 cosine", "margin": MARGIN, "steps": args.steps, "seeds": args.seeds}
+    about = {"model": "gpt-proof, batch 8, lr 3e-3 cosine", "margin": MARGIN, "steps": args.steps,
+             "routes": "emulated"}  # fmt: skip
     path = write_result("quality", {**about, "table": table, "runs": runs})
     for arm, row in table.items():
-        gap = "" if arm == "fp32" else (
+        gap = (
             f"  gap {row['gap']:+.4%} (90%: {row['gap_90'][0]:+.4%} … {row['gap_90'][1]:+.4%})  {row['verdict']}"
-        )  # fmt: skip
-        print(f"{arm:8} val loss {row['val_loss_fp32']:.4f}  bits/byte {row['bits_per_byte']:.4f}{gap}")
+            if "gap" in row
+            else ""
+        )
+        print(f"{arm:26} {row['seeds']} seeds  val loss {row['val_loss_fp32']:.4f}  "
+              f"bits/byte {row['bits_per_byte']:.4f}{gap}")  # fmt: skip
     print(f"written to {path}")
 
 
