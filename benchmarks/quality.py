@@ -9,8 +9,8 @@ that they are known for. Held-out loss is evaluated in float32. The figure is th
 (numerics.md, "Proof"; DeepSeek-V3, arXiv 2412.19437). Eight seeds for the headline recipes, three for the others.
 
 All formats below 32 bits take the emulated route, whatever the machine, so that runs of different machines agree but
-for the order of float32 sums. Restartable: each finished run is a line of benchmarks/results/quality-runs.jsonl, and pairs
-are made only of runs of one machine type and one version of torch. Two processes of one thread each.
+for the order of float32 sums. Restartable: each finished run is a line of benchmarks/results/quality-runs.jsonl, and
+pairs are made only of runs of one machine type and one version of torch. Two processes of one thread each.
 """
 
 from __future__ import annotations
