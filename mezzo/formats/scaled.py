@@ -95,7 +95,7 @@ class ScaledFormat:
             elif fmt == self:
                 return name
         group = f"{self.group[0]}x{self.group[1]}" if isinstance(self.group, tuple) else self.group
-        return f"{self.element}@{group}" + ("" if self.scaling == "free" else f"+{self.scaling}")
+        return f"{self.element.name}@{group}" + ("" if self.scaling == "free" else f"+{self.scaling}")
 
 
 AnyFormat = Format | ScaledFormat

@@ -12,7 +12,8 @@ from torch import Tensor
 from mezzo.errors import ConfigError
 from mezzo.formats import AnyFormat, ScaledFormat, get_element
 from mezzo.formats.spec import Format
-from mezzo.torch.quantize import quantize, round_elements
+from mezzo.torch.elements import round_elements
+from mezzo.torch.quantize import quantize
 
 CARRIERS = {
     "float64": torch.float64,

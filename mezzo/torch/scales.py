@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mezzo.formats import AnyFormat
-from mezzo.formats.philox import site_id
 from mezzo.policy import Site, Spec, amax
 
 
@@ -63,9 +62,9 @@ class Scales:
             self.seen, self.wanted = torch.zeros(count, device=self.device), torch.zeros(count, device=self.device)
         self._decide()
 
-    def key(self, site: Site) -> tuple[int, Tensor, int]:
+    def key(self, site: Site) -> tuple[int, Tensor, str]:
         """(seed, step, site) for the random words of a rounding."""
-        return self.seed, self.draws, site_id(str(site))
+        return self.seed, self.draws, str(site)
 
     def scale(self, site: Site, x: Tensor, spec: Spec, note: bool) -> Tensor:
         """The scale for `x`, 0-d float32: from the steps before; from its own amax where there were none yet."""
