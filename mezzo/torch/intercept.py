@@ -171,7 +171,7 @@ class Scope:
         recording, mode.recording = mode.recording, None if recomputing or compiling else mode.recording
         hooks = mode.table.hooks
         watching, hooks.watching = hooks.watching, hooks.watching and torch.is_grad_enabled()
-        mode.table.scales.noting = torch.is_grad_enabled()
+        mode.table.scales.training = torch.is_grad_enabled()
         try:
             with mode:
                 out = forward(*args, **kwargs)

@@ -140,7 +140,7 @@ def _unpack(tensors: tuple[Tensor, ...], shape: tuple[int, ...], fmt: AnyFormat,
 @torch.library.custom_op("mezzo::pack", mutates_args=())
 def _pack_op(x: Tensor, y: Tensor, fmt: str, axis: int, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     codes, scales, tensor = _pack(x, y, get_format(fmt), axis, given)
-    return codes, scales, tensor.clone() if tensor is scales else tensor
+    return codes.contiguous(), scales.contiguous(), tensor.clone()  # as the fake one says, and no two the same
 
 
 @_pack_op.register_fake
@@ -165,7 +165,7 @@ def _(x: Tensor, y: Tensor, fmt: str, axis: int, given: Tensor | None) -> tuple[
 
 @torch.library.custom_op("mezzo::unpack", mutates_args=())
 def _unpack_op(codes: Tensor, scales: Tensor, tensor: Tensor, shape: list[int], fmt: str, axis: int) -> Tensor:
-    return _unpack((codes, scales, tensor), tuple(shape), get_format(fmt), axis)
+    return _unpack((codes, scales, tensor), tuple(shape), get_format(fmt), axis).contiguous()
 
 
 @_unpack_op.register_fake

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mezzo.torch.rounding import CARRIERS, carrier, widen
-from mezzo.torch.table import SiteSpec
+from mezzo.torch.table import Kept, SiteSpec
 
 
 @contextmanager
@@ -71,6 +71,13 @@ def _gradients(spec: SiteSpec, g: Tensor) -> tuple[Tensor, Tensor]:
     return g_d, g_w
 
 
+def _keep(
+    ctx: Any, gradient: int, spec: SiteSpec, role: str, x: Tensor, axis: int, rounded: Tensor | None
+) -> tuple[tuple[Tensor, ...], Kept]:
+    """As `SiteSpec.keep`, but nothing where the gradient of input `gradient`, which needs it, is not asked for."""
+    return spec.keep(role, x, axis, rounded) if ctx.needs_input_grad[gradient] else ((), Kept("nothing"))
+
+
 class Linear(torch.autograd.Function):
     """y = x·wᵀ + bias;  dx = dy·w;  dw = dyᵀ·x.  x (rows, in), w (out, in), bias (out,)."""
 
@@ -78,9 +85,9 @@ class Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: SiteSpec) -> Tensor:
         a = spec.cast("fprop.a", x)
         b = spec.cast("fprop.b", weight)
-        kept = a if spec.shared("wgrad.b", "fprop.a") else x
+        tensors, ctx.kept = _keep(ctx, 1, spec, "wgrad.b", x, 0, a if spec.shared("wgrad.b", "fprop.a") else None)
         # The master is kept, not its rounded copy: rounding it again in backward is 1% of the step, the copy is memory.
-        ctx.save_for_backward(kept, weight)
+        ctx.save_for_backward(weight, *tensors)
         ctx.spec, ctx.x_dtype = spec, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         rounded = None if bias is None else _round_bias(spec, bias)
@@ -89,14 +96,14 @@ class Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # the rounded copies it keeps know nothing of the graph
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        weight, *tensors = ctx.saved_tensors
         spec: SiteSpec = ctx.spec
         dx = dw = db = None
         g_d, g_w = _gradients(spec, grads[0])
         if ctx.needs_input_grad[0]:
             dx = multiply(spec, "dgrad", g_d, spec.cast("dgrad.b", weight, axis=0)).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            dw = multiply(spec, "wgrad", g_w.t(), spec.cast("wgrad.b", x, axis=0)).to(weight.dtype)
+            dw = multiply(spec, "wgrad", g_w.t(), spec.take("wgrad.b", tensors, ctx.kept, 0)).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             db = spec.cast("wgrad.out", g_w.sum(0, dtype=spec.acc)).to(ctx.bias_dtype)
         return dx, dw, db, None
@@ -128,28 +135,28 @@ class Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, spec: SiteSpec) -> Tensor:
         a, b = spec.cast("fprop.a", x), spec.cast("fprop.b", y, axis=-2)
-        keep_a = a if spec.shared("wgrad.b", "fprop.a") else x
-        keep_b = b if spec.shared("dgrad.b", "fprop.b") else y
-        ctx.save_for_backward(keep_a, keep_b)
-        ctx.spec, ctx.dtypes = spec, (x.dtype, y.dtype)
+        of_x, ctx.kept_x = _keep(ctx, 1, spec, "wgrad.b", x, -2, a if spec.shared("wgrad.b", "fprop.a") else None)
+        of_y, ctx.kept_y = _keep(ctx, 0, spec, "dgrad.b", y, -1, b if spec.shared("dgrad.b", "fprop.b") else None)
+        ctx.save_for_backward(*of_x, *of_y)
+        ctx.spec, ctx.dtypes, ctx.shapes, ctx.split = spec, (x.dtype, y.dtype), (x.shape, y.shape), len(of_x)
         return multiply(spec, "fprop", a, b, torch.matmul)
 
     @staticmethod
     @once_differentiable  # the rounded copies it keeps know nothing of the graph
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, y = ctx.saved_tensors
+        of_x, of_y = ctx.saved_tensors[: ctx.split], ctx.saved_tensors[ctx.split :]
         spec: SiteSpec = ctx.spec
         dx = dy = None
         if ctx.needs_input_grad[0]:
             g = spec.cast("dgrad.a", grads[0])
-            dx = multiply(
-                spec, "dgrad", g, spec.cast("dgrad.b", y), lambda p, q: _sum_to(torch.matmul(p, q.mT), x.shape)
-            ).to(ctx.dtypes[0])
+            b = spec.take("dgrad.b", of_y, ctx.kept_y, -1)
+            dx = multiply(spec, "dgrad", g, b, lambda p, q: _sum_to(torch.matmul(p, q.mT), ctx.shapes[0]))
+            dx = dx.to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             g = spec.cast("wgrad.a", grads[0], axis=-2)
-            dy = multiply(
-                spec, "wgrad", g, spec.cast("wgrad.b", x, axis=-2), lambda p, q: _sum_to(torch.matmul(q.mT, p), y.shape)
-            ).to(ctx.dtypes[1])
+            a = spec.take("wgrad.b", of_x, ctx.kept_x, -2)
+            dy = multiply(spec, "wgrad", g, a, lambda p, q: _sum_to(torch.matmul(q.mT, p), ctx.shapes[1]))
+            dy = dy.to(ctx.dtypes[1])
         return dx, dy, None
 
 

@@ -33,13 +33,13 @@ class Scales:
     seed     of the random words
     draws    0-d int64: how often gradients were computed so far; the step in the words' key, so that each backward pass
              draws anew and a recomputed forward pass draws the same
-    noting   whether the amax of forward operands counts: not while evaluating
+    training whether the model runs forward with gradients: only then does the amax of forward operands count
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed, self.device = seed, device
         self.draws = torch.zeros((), dtype=torch.int64, device=device)
-        self.noting = True
+        self.training = True
         self.rows: dict[str, Row] = {}
         self.history = torch.zeros(0, 1, device=device)
         self.seen = torch.zeros(0, device=device)

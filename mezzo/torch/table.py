@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from mezzo.policy import Policy, Rule, Site, Spec
 from mezzo.policy.policy import find
 from mezzo.policy.site import ATTENTION_ROLES, PRODUCT_ROLES
 from mezzo.torch.hadamard import hadamard
+from mezzo.torch.pack import pack, packs, unpack
 from mezzo.torch.quantize import quantize
 from mezzo.torch.rounding import CARRIERS, carrier, cast, depends_on_axis, widen
 from mezzo.torch.scales import Scales
@@ -39,6 +41,13 @@ class Hooks:
     @property
     def active(self) -> bool:
         return self.watching or bool(self.taps)
+
+
+class Kept(NamedTuple):
+    """How an operand is kept for the backward pass: "whole", "packed", or "nothing"."""
+
+    how: str
+    shape: tuple[int, ...] = ()
 
 
 class SiteSpec:
@@ -73,41 +82,70 @@ class SiteSpec:
 
         axis    the one that the product sums over
         """
+        source, y, _ = self._round(role, x, axis)
+        self._tell(role, source, y)
+        return y
+
+    def keep(self, role: str, x: Tensor, axis: int, rounded: Tensor | None = None) -> tuple[tuple[Tensor, ...], Kept]:
+        """What to keep of `x` until the backward pass needs it rounded for `role`, in as few bytes as there are.
+
+        rounded   x rounded already, where another role shares it
+        returns   tensors, and how `take` gets the rounded operand from them
+        """
+        spec = self.specs[role]
+        if rounded is not None and spec.fmt.name in CARRIERS:
+            return (rounded,), Kept("whole")  # rounding it once more changes nothing
+        if not self.scales.training or x.dtype is torch.float64 or not packs(spec.fmt, bool(spec.delayed)):
+            return (x,), Kept("whole")
+        if rounded is None:
+            source, rounded, scale = self._round(role, x, axis)
+        else:
+            source, scale = x, None
+        self._tell(role, source, rounded)
+        return pack(source, rounded, spec.fmt, axis, scale), Kept("packed", tuple(x.shape))
+
+    def take(self, role: str, tensors: tuple[Tensor, ...], kept: Kept, axis: int) -> Tensor:
+        """The operand rounded for `role` from what `keep` kept."""
+        if kept.how == "packed":
+            return unpack(tensors, kept.shape, self.specs[role].fmt, axis)
+        return self.cast(role, tensors[0], axis)
+
+    def _round(self, role: str, x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(what is rounded: x, or its transform; the rounded tensor; the scale if it comes from earlier steps)"""
         spec = self.specs[role]
         if spec.hadamard:
             x = hadamard(x, axis=axis, block=spec.hadamard)
-        y = cast(x, spec.fmt, axis) if not (spec.delayed or spec.rounding != "nearest") else self._cast(role, x, axis)
-        if self.hooks.active and not torch.compiler.is_compiling():
-            if self.shown is not None:
-                if role not in self.shown:
-                    return y
-                role = self.shown[role]
-            site = Site(self.path, role, self.call)
-            for tap in self.hooks.taps:
-                tap(site, x, y)
-            if self.hooks.watching and role in OUTPUTS:
-                self.hooks.nonfinite.append((site, ~torch.isfinite(y.sum(dtype=torch.float32))))
-        return y
-
-    def _cast(self, role: str, x: Tensor, axis: int) -> Tensor:
-        """Round with random words or with a scale from earlier steps."""
-        spec = self.specs[role]
+        if spec.rounding == "nearest" and not spec.delayed:
+            return x, cast(x, spec.fmt, axis), None
         site = Site(self.path, (self.shown or {}).get(role, role), self.call)
         scale = None
         if spec.delayed:
-            forward = role.startswith("fprop")
-            scale = self.scales.scale(site, x, spec, self.scales.noting or not forward)
-        kept = spec.fmt.name in CARRIERS
+            scale = self.scales.scale(site, x, spec, self.scales.training or not role.startswith("fprop"))
+        in_carrier = spec.fmt.name in CARRIERS
         y = quantize(
             x,
             spec.fmt,
             axis=axis,
             rounding=spec.rounding,
-            overflow="cast" if kept else "saturate",
+            overflow="cast" if in_carrier else "saturate",
             key=self.scales.key(site) if spec.rounding == "stochastic" else None,
             scale=scale,
         )
-        return y.to(carrier(spec.fmt)) if kept else y
+        return x, y.to(carrier(spec.fmt)) if in_carrier else y, scale
+
+    def _tell(self, role: str, before: Tensor, after: Tensor) -> None:
+        """Hand a rounding to whoever listens."""
+        if not self.hooks.active or torch.compiler.is_compiling():
+            return
+        if self.shown is not None:
+            if role not in self.shown:
+                return
+            role = self.shown[role]
+        site = Site(self.path, role, self.call)
+        for tap in self.hooks.taps:
+            tap(site, before, after)
+        if self.hooks.watching and role in OUTPUTS:
+            self.hooks.nonfinite.append((site, ~torch.isfinite(after.sum(dtype=torch.float32))))
 
     def wide(self, x: Tensor) -> Tensor:
         """`x` in the dtype of the emulated product (exact)."""

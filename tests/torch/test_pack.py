@@ -101,8 +101,8 @@ def test_compiled_code_packs_the_same(name):
         return unpack(pack(x, y, fmt, 0), tuple(y.shape), fmt, 0)
 
     assert same(there_and_back(x, y), y)
-    fake = torch._subclasses.FakeTensorMode()
-    with fake:
-        seen = torch.ops.mezzo.pack(torch.empty(48, 40), torch.empty(48, 40), str(fmt), 0, None)
-    real = torch.ops.mezzo.pack(x, y, str(fmt), 0, None)
-    assert [(t.shape, t.dtype) for t in seen] == [(t.shape, t.dtype) for t in real]
+    for axis in (0, 1):
+        with torch._subclasses.FakeTensorMode():
+            seen = torch.ops.mezzo.pack(torch.empty(48, 40), torch.empty(48, 40), str(fmt), axis, None)
+        real = torch.ops.mezzo.pack(x, y, str(fmt), axis, None)
+        assert [(t.shape, t.stride(), t.dtype) for t in seen] == [(t.shape, t.stride(), t.dtype) for t in real]
