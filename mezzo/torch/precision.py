@@ -14,6 +14,7 @@ from mezzo import hardware
 from mezzo.errors import ConfigError, NonfiniteError
 from mezzo.policy import LossScaling, Policy
 from mezzo.policy.site import ROOT
+from mezzo.torch.compact import Compact
 from mezzo.torch.intercept import Seen, attach, detach, refuse_attached
 from mezzo.torch.products import float32_kernels
 from mezzo.torch.rounding import carrier
@@ -33,7 +34,8 @@ class Precision:
             precision.backward(loss)       # may be called several times: gradients accumulate
             step = precision.step()        # unscale, clip, skip if nonfinite, update, zero gradients
 
-    model       its parameters become masters of the policy's dtype, in place; its modules' forward is wrapped
+    model       its parameters become masters of the policy's dtype, in place; its modules' forward is wrapped. What
+                `master` and `state` rules keep beside them, moments below float32 too, is state of the Precision
     optimizer   one, several, or None (evaluation). A fused optimizer skips on the device; another one costs one
                 wait for the device each step
     policy      a recipe's name, a policy string, or a Policy
@@ -73,7 +75,8 @@ class Precision:
         self.scales = Scales(seed, self.device)
         refuse_attached(model)
         table = self._table(self.policy)
-        _make_masters(model, table, self.optimizers)
+        self.compact = Compact(model, table, self.optimizers, seed)
+        _make_masters(model, table, self.optimizers, self.compact)
         self.mode = attach(model, table)
         self.mode.recording = {}
         self._seen: dict[tuple[str, str], Seen] = self.mode.recording
@@ -85,7 +88,7 @@ class Precision:
         self._buffer_names = sorted(name for name, _ in model.named_buffers() if name in kept)
         self._keep_buffers()
         # A first step that is skipped must not undo a checkpoint loaded in between.
-        self._on_load = model.register_load_state_dict_post_hook(lambda *_: self._keep_buffers())
+        self._on_load = model.register_load_state_dict_post_hook(lambda *_: self._loaded())
 
     # --- training ---
 
@@ -119,7 +122,10 @@ class Precision:
         grads = [p.grad for p in owned if p.grad is not None]
         if any(g.is_sparse for g in grads):
             raise ConfigError("step() cannot unscale sparse gradients; make the embeddings with sparse=False")
-        norms = torch._foreach_norm(grads)
+        dtypes = {g.dtype for g in grads}
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        narrow = dtypes & {torch.bfloat16, torch.float16}  # whose norms would have 16 bits too
+        norms = torch._foreach_norm(grads, 2, wide if narrow else None)
         scale = self.scaler.scale
         total = torch.linalg.vector_norm(torch.stack([n.to(torch.float64 if n.dtype is torch.float64 else torch.float32)
                                                       for n in norms]))  # fmt: skip
@@ -128,7 +134,7 @@ class Precision:
         divisor = scale
         if self.max_norm is not None:
             divisor = scale * torch.clamp(grad_norm / self.max_norm, min=1.0)
-        self._update(grads, divisor, overflow)
+        self._update(divisor, overflow)
         self._roll_back_buffers(overflow)
         self.scaler.update(overflow)
         self.scales.step(overflow)
@@ -141,18 +147,15 @@ class Precision:
             self._finish_last()  # nothing to wait for
         return self.last
 
-    def _update(self, grads: list[Tensor], divisor: Tensor, overflow: Tensor) -> None:
+    def _update(self, divisor: Tensor, overflow: Tensor) -> None:
         fused = [o for o in self.optimizers if getattr(o, "_step_supports_amp_scaling", False)]
         others = [o for o in self.optimizers if o not in fused]
         if others and not bool(overflow):  # this waits for the device
-            theirs = [p.grad for o in others for g in o.param_groups for p in g["params"] if p.grad is not None]
-            if theirs:
-                torch._foreach_mul_(theirs, 1.0 / divisor)
             for optimizer in others:
-                optimizer.step()
+                self.compact.step(optimizer, self.steps, factor=1.0 / divisor)
         for optimizer in fused:
             optimizer.grad_scale, optimizer.found_inf = divisor, overflow.float()
-            optimizer.step()
+            self.compact.step(optimizer, self.steps, skipped=overflow)
             del optimizer.grad_scale, optimizer.found_inf
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -169,6 +172,10 @@ class Precision:
         for name in self._buffer_names:
             buffer = self.model.get_buffer(name)
             yield name, buffer
+
+    def _loaded(self) -> None:
+        self._keep_buffers()
+        self.compact.forget()
 
     def _keep_buffers(self) -> None:
         self._kept = {name: buffer.clone() for name, buffer in self._buffers()}
@@ -257,8 +264,8 @@ class Precision:
     @property
     def routes(self) -> dict[str, str]:
         """Format → "native" or "emulated" on this machine, for the formats the policy names; goes into manifests."""
-        names = sorted({rule.fmt.name for rule in self.policy.all_rules()})
-        return {name: "native" if name in self.hardware.native else "emulated" for name in names}
+        formats = {rule.fmt.name: rule.fmt for rule in self.policy.all_rules()}
+        return {name: self.hardware.route(formats[name])[0] for name in sorted(formats)}
 
     # --- state ---
 
@@ -270,7 +277,7 @@ class Precision:
         self._finish_last()
         counts = {"steps": self.steps, "skipped": self.skipped, "bad_run": self.bad_run}
         own = {name: torch.tensor(n) for name, n in counts.items()}
-        return self.scaler.state_dict() | self.scales.state_dict() | own
+        return self.scaler.state_dict() | self.scales.state_dict() | self.compact.state_dict() | own
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave, after the model's own state was loaded."""
@@ -278,11 +285,13 @@ class Precision:
         self.scales.load_state_dict(state)
         self.steps, self.skipped, self.bad_run = (int(state[key]) for key in ("steps", "skipped", "bad_run"))
         self.last = None
+        self.compact.load_state_dict(state, self.steps)
         self._keep_buffers()
 
     def remove(self) -> None:
-        """Give the model its own forward back; its weights stay as they are."""
+        """Give the model its own forward back, and the optimizers their moments; weights stay as they are."""
         detach(self.model)
+        self.compact.release()
         self._on_load.remove()
 
 
@@ -302,7 +311,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return device
 
 
-def _make_masters(model: nn.Module, table: Table, optimizers: list[Optimizer]) -> None:
+def _make_masters(model: nn.Module, table: Table, optimizers: list[Optimizer], compact: Compact) -> None:
     """Store each floating parameter in its master's dtype; float64 masters take the buffers along."""
     found: list[tuple[str, Tensor, torch.dtype]] = []
     for path, module in model.named_modules():
@@ -319,5 +328,6 @@ def _make_masters(model: nn.Module, table: Table, optimizers: list[Optimizer]) -
             f"the policy stores {changed[0]} in another dtype, but the optimizer already has moments for it; make the "
             "Precision before the first step"
         )
-    for _, tensor, dtype in found:  # only now: a refused Precision leaves the model as it was
+    compact.begin()  # only now: a refused Precision leaves the model as it was
+    for _, tensor, dtype in found:
         tensor.data = tensor.data.to(dtype)

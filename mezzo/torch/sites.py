@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil, prod
 
-import torch
 from torch import nn
 
 from mezzo.policy import Spec
+from mezzo.policy.site import ROOT
+from mezzo.torch import float8
 from mezzo.torch.attention import algorithm
 from mezzo.torch.intercept import Seen, SiteMode
 from mezzo.torch.table import SiteSpec, Table
@@ -40,6 +41,9 @@ def rows(model: nn.Module, mode: SiteMode, seen: Iterable[Seen]) -> list[SiteRow
     found = [row for one in seen for row in _rows_of(one, mode.table)]
     for name, parameter in model.named_parameters():
         fmt = str(parameter.dtype).removeprefix("torch.")
+        spec = mode.table.master(name.rpartition(".")[0] or ROOT)
+        if spec.fmt.name == fmt:
+            fmt = str(spec)
         size = parameter.numel() * parameter.element_size()
         found.append(SiteRow(f"{name}:master", tuple(parameter.shape), fmt, "native", size))
     return found
@@ -51,10 +55,10 @@ def _rows_of(seen: Seen, table: Table) -> Iterator[SiteRow]:
             f"{seen.path}:{role}", shape, fmt, route, ceil(prod(shape) * Spec.parse(fmt).fmt.bits / 8), seen.calls
         )
 
-    if seen.kind == "product":
+    if seen.kind in ("linear", "product"):
         spec = table.product(seen.path, 0)
         for role, shape in _product_shapes(seen.shapes[0], seen.shapes[1], seen.out).items():
-            yield row(role, shape, str(spec.specs[role]), _product_route(spec, role, seen.device))
+            yield row(role, shape, str(spec.specs[role]), _product_route(spec, role, seen))
     elif seen.kind == "attention":
         spec = table.attention(seen.path, 0)
         how = algorithm(spec, seen.device)
@@ -72,10 +76,12 @@ def _rows_of(seen: Seen, table: Table) -> Iterator[SiteRow]:
         yield SiteRow(f"{seen.path}:op {seen.kind}", seen.shapes[0], name, "not covered", 0, seen.calls)
 
 
-def _product_route(spec: SiteSpec, role: str, device: torch.device) -> str:
+def _product_route(spec: SiteSpec, role: str, seen: Seen) -> str:
+    if seen.kind == "linear" and float8.fits(spec):
+        return "native"
     product = role.partition(".")[0]
     operands = f"{product}.a", f"{product}.b"
-    if device.type == "cuda":  # tensor cores deliver their float32 sums too
+    if seen.device.type == "cuda":  # tensor cores deliver their float32 sums too
         return spec.route(*operands)
     return spec.result_route(f"{product}.out", *operands)
 

@@ -194,6 +194,7 @@ class Session:
             self.listener.message(
                 f"the policy was {meta['policy']}, now {self.precision.policy}: a new loss scale begins"
             )
+            self.precision.compact.load_state_dict(checkpoint.load_group("precision"))
         torch.set_rng_state(checkpoint.load_group("rng")["torch"])
         self.first = checkpoint.step
         for difference in environment_differences(meta["environment"], self.environment):
