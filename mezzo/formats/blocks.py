@@ -7,14 +7,17 @@ free     scale = float32(amax / max), at least 2**-126          q = element(x / 
 pow2     scale = 2**e, the smallest with amax <= max · 2**e      q = element(x / scale)  exact  value = q · scale  exact
 floor    scale = 2**(floor(log2 amax) - max_exponent)            the same
          e is kept in -127 … 127, so a group of zeros has the scale 2**-127
-nvfp4    encode = (448 · 6) / tensor amax, at most float32's max, 1 for a tensor of zeros;  tensor scale = 1 / encode
+nvfp4    amax first rounded to float32, from where all scales are computed in it
+         encode = (448 · 6) / tensor amax, at most float32's max, 1 for a tensor of zeros;  tensor scale = 1 / encode
          scale  = e4m3((amax / 6) · encode), saturating
          q = e2m1(x · min(1 / (scale · tensor scale), float32's max))
          value = (q · scale) · tensor scale                      q · scale is exact
-         A group whose scale rounds to zero becomes zero.
+         A group whose scale rounds to zero becomes zero. amax is rounded to float32 first; where a float64 tensor's
+         is beyond it, the whole tensor becomes NaN.
 
 A group that holds an infinity or a NaN becomes NaN, and so does its scale: nothing that went wrong is hidden behind a
-largest value. (In nvfp4 that is the whole tensor, since the tensor scale depends on every element.) Where the scale was
+largest value. (In nvfp4 that is the whole tensor, since the tensor scale depends on every element; and a
+float64 beyond float32 counts as infinite there.) Where the scale was
 given, only that element becomes NaN. With powers of two, a number within half an element's gap of W's largest may round
 up out of W and becomes infinite. x / scale rounds before the element does; sums of the two errors are within
 0.5 ulp of the element plus 2**-24 of its value.

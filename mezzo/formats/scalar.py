@@ -13,7 +13,7 @@ from fractions import Fraction
 from mezzo.formats.blocks import MIN_SCALE, max_scale
 from mezzo.formats.rounding import Overflow, Rounding
 from mezzo.formats.scaled import ScaledFormat
-from mezzo.formats.spec import E8M0, FLOAT32, FLOAT64, Format
+from mezzo.formats.spec import E8M0, FLOAT32, Format
 
 FLOAT32_MAX = FLOAT32.max
 
@@ -54,9 +54,7 @@ def round_scalar(
 
 def _to_grid(x: Fraction, fmt: Format, rounding: Rounding, word: int) -> Fraction:
     """x >= 0 to the format's grid, as if there were no largest value."""
-    exponent = fmt.min_exponent
-    while x >= Fraction(2) ** (exponent + 1):
-        exponent += 1
+    exponent = max(fmt.min_exponent, _floor_log2(x)) if x else fmt.min_exponent
     gap = Fraction(2) ** (exponent - fmt.mantissa_bits)
     down, rest = divmod(x / gap, 1)
     if rounding == "stochastic":
@@ -68,6 +66,12 @@ def _to_grid(x: Fraction, fmt: Format, rounding: Rounding, word: int) -> Fractio
         up = rest > Fraction(1, 2) or (rest == Fraction(1, 2) and odd)
     rounded = (down + up) * gap
     return max(rounded, Fraction(fmt.min)) if fmt.is_scale else rounded
+
+
+def _floor_log2(x: Fraction) -> int:
+    """The e with 2**e <= x < 2**(e + 1), x > 0."""
+    exponent = x.numerator.bit_length() - x.denominator.bit_length()  # 2**(exponent - 1) < x < 2**(exponent + 1)
+    return exponent if x >= Fraction(2) ** exponent else exponent - 1
 
 
 def round_group_scalar(
@@ -90,6 +94,9 @@ def round_group_scalar(
         return Fraction(rounded)
 
     drawn = words or [0] * len(values)
+    # nvfp4 counts in float32 from the amax on, in which what a float64 holds beyond it is infinite.
+    if tensor_amax is not None:
+        tensor_amax = round_scalar(tensor_amax, FLOAT32, overflow="cast")
     finite = all(map(math.isfinite, values)) and (tensor_amax is None or math.isfinite(tensor_amax))
     if not finite:
         return [math.nan] * len(values), math.nan
@@ -97,9 +104,12 @@ def round_group_scalar(
     top = Fraction(fmt.element.max)
     if fmt.scaling == "nvfp4":
         assert tensor_amax is not None
-        encode = step(2688 / Fraction(tensor_amax), FLOAT32) if tensor_amax else Fraction(1)
+        whole_amax = round_scalar(tensor_amax, FLOAT32, overflow="cast")
+        if math.isinf(whole_amax):
+            return [math.nan] * len(values), math.nan
+        encode = step(2688 / Fraction(whole_amax), FLOAT32) if whole_amax else Fraction(1)
         tensor_scale = step(1 / encode, FLOAT32)
-        scale = step(step(step(amax / 6, FLOAT32) * encode, FLOAT32), fmt.scale)
+        scale = step(step(step(step(amax, FLOAT32) / 6, FLOAT32) * encode, FLOAT32), fmt.scale)
         product = step(scale * tensor_scale, FLOAT32)
         back = step(1 / product, FLOAT32) if product else Fraction(FLOAT32_MAX)
         scaled = [step(Fraction(x) * back) for x in values]
@@ -131,9 +141,6 @@ def _power(amax: Fraction, fmt: ScaledFormat) -> int:
     if fmt.scaling == "pow2":
         while amax > Fraction(fmt.element.max) * Fraction(2) ** exponent and exponent < E8M0.max_exponent:
             exponent += 1
-    else:
-        floor = FLOAT64.min_exponent - FLOAT64.mantissa_bits
-        while amax and amax >= Fraction(2) ** (floor + 1):
-            floor += 1
-        exponent = min(max(floor - fmt.element.max_exponent, E8M0.min_exponent), E8M0.max_exponent)
+    elif amax:
+        exponent = min(max(_floor_log2(amax) - fmt.element.max_exponent, exponent), E8M0.max_exponent)
     return exponent
