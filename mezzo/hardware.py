@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SIZE = {"cpu": 256, "cuda": 4096}
 PEAK_SIZE = {"cpu": 1024, "cuda": 8192}
+FLOAT8 = ("float8_e4m3fn@tensor", "float8_e5m2@tensor")  # what torch multiplies with one scale a tensor
 NEVER_MEASURED = ("float64", "float32")  # native wherever they are asked for, at whatever rate
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -66,15 +67,21 @@ class Hardware:
 
     @property
     def native(self) -> frozenset[str]:
-        """Formats whose own product is worth calling: float32 and float64 always, 16 bits where they are not slower."""
+        """Formats whose own product is worth calling: float32 and float64 always, 16 bits where they are not slower.
+
+        "float8" stands for the product of float8 tensors with one scale each.
+        """
         low = {name for name in ("bfloat16", "float16") if self.gflops.get(name, 0.0) >= 0.9 * self.gflops["float32"]}
         tf32 = {"tf32"} if "tf32" in self.gflops else set()
-        return frozenset({"float32", "float64", *low, *tf32})
+        float8 = {"float8"} if self.gflops.get("float8", 0.0) > self.gflops.get("bfloat16", 0.0) else set()
+        return frozenset({"float32", "float64", *low, *tf32, *float8})
 
     def route(self, fmt: AnyFormat) -> tuple[str, str]:
         """("native", "emulated" or "scale", the reason in words) for a product whose operands both have that format."""
         if isinstance(fmt, Format) and fmt.is_scale:
             return "scale", "a format for scales: no operand of a product"
+        if fmt.name in FLOAT8 and "float8" in self.native:
+            return "native", "PyTorch's own product of float8 tensors with one scale each, in linear layers"
         route = "native" if fmt.name in self.native else "emulated"
         if fmt.name in NEVER_MEASURED or fmt.name == "tf32":
             lacking = "a product of CUDA devices from compute capability 8.0 on"
@@ -113,7 +120,7 @@ def measure(device: str = "cpu", *, fresh: bool = False) -> Hardware:
     import torch
 
     name = processor() if device == "cpu" else torch.cuda.get_device_name()
-    key = _key(device, str(SIZE[device]), str(PEAK_SIZE[device]))
+    key = _key(device, str(SIZE[device]), str(PEAK_SIZE[device]), *(["float8"] if device == "cuda" else []))
     path = _path(key)
     if not fresh:
         try:
@@ -264,7 +271,43 @@ def _rates(device: torch.device) -> dict[str, float]:
         torch.set_num_threads(threads)
     if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
         gflops["tf32"] = gflops["float32"]
+    if device.type == "cuda" and (rate := _float8_rate(size)) is not None:
+        gflops["float8"] = rate
     return gflops
+
+
+def _float8_rate(size: int) -> float | None:
+    """GFLOP/s of the product of float8 tensors with one scale each; None where torch or the device has none."""
+    import torch
+
+    one = torch.ones((), device="cuda")
+    a, b = (torch.ones(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+
+    def run() -> object:
+        return scaled_product(a, b.t(), one, one, torch.bfloat16)
+
+    try:
+        run()
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError):
+        return None
+    return 2 * size**3 / _best_seconds([run], "cuda", 8)[0] / 1e9
+
+
+def scaled_product(
+    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """scale_a·scale_b·(a · b) by torch's own product of float8 tensors, exact float32 sums where the device has them.
+
+    a        (rows, K) row by row, b (K, columns) column by column, both float8; sizes as the device wants them
+    scale_a  0-d float32
+    """
+    import torch
+    import torch.nn.functional as functional
+
+    if hasattr(functional, "scaled_mm"):
+        kind = functional.ScalingType.TensorWise
+        return functional.scaled_mm(a, b, scale_a, kind, scale_b, kind, output_dtype=dtype)
+    return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype)
 
 
 def _peak_rate(device: torch.device) -> float:

@@ -33,7 +33,7 @@ def _linear_on(mode: SiteMode, func: Func, input: Tensor, weight: Tensor, bias: 
     if not _floating(input, weight):
         return func(input, weight, bias)
     path = mode.weight_path(weight)
-    mode.note(path, "product", input, weight)
+    mode.note(path, "linear" if weight.dim() == 2 else "product", input, weight)
     spec = mode.table.product(path, mode.call_index(path, "product"))
     if spec.plain(input, weight, bias):
         return func(input, weight, bias)

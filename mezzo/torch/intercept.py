@@ -37,7 +37,8 @@ _MOVES = {Tensor.view, Tensor.reshape, Tensor.transpose, Tensor.permute, Tensor.
 class Seen:
     """One operation met in a forward pass: what it is, the shapes it had the first time, and how often it ran.
 
-    kind    "product", "attention", "compute", or the name of an operation that no rule speaks of
+    kind    "linear" (a product with a weight), "product", "attention", "compute", or the name of an operation that no
+            rule speaks of
     shapes  of its tensor operands, in order
     """
 

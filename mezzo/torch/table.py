@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mezzo.errors import ConfigError
-from mezzo.formats import FLOAT32, AnyFormat
+from mezzo.formats import BFLOAT16, FLOAT32, AnyFormat, ScaledFormat
 from mezzo.formats.spec import E8M0
 from mezzo.policy import Policy, Rule, Site, Spec
 from mezzo.policy.policy import find
@@ -83,7 +83,7 @@ class SiteSpec:
         axis    the one that the product sums over
         """
         source, y, _ = self._round(role, x, axis)
-        self._tell(role, source, y)
+        self.tell(role, source, y)
         return y
 
     def keep(self, role: str, x: Tensor, axis: int, rounded: Tensor | None = None) -> tuple[tuple[Tensor, ...], Kept]:
@@ -101,7 +101,7 @@ class SiteSpec:
             source, rounded, scale = self._round(role, x, axis)
         else:
             source, scale = x, None
-        self._tell(role, source, rounded)
+        self.tell(role, source, rounded)
         return pack(source, rounded, spec.fmt, axis, scale), Kept("packed", tuple(x.shape))
 
     def take(self, role: str, tensors: tuple[Tensor, ...], kept: Kept, axis: int) -> Tensor:
@@ -117,10 +117,7 @@ class SiteSpec:
             x = hadamard(x, axis=axis, block=spec.hadamard)
         if spec.rounding == "nearest" and not spec.delayed:
             return x, cast(x, spec.fmt, axis), None
-        site = Site(self.path, (self.shown or {}).get(role, role), self.call)
-        scale = None
-        if spec.delayed:
-            scale = self.scales.scale(site, x, spec, self.scales.training or not role.startswith("fprop"))
+        scale = self.delayed_scale(role, x) if spec.delayed else None
         in_carrier = spec.fmt.name in CARRIERS
         y = quantize(
             x,
@@ -128,12 +125,20 @@ class SiteSpec:
             axis=axis,
             rounding=spec.rounding,
             overflow="cast" if in_carrier else "saturate",
-            key=self.scales.key(site) if spec.rounding == "stochastic" else None,
+            key=self.scales.key(self._site(role)) if spec.rounding == "stochastic" else None,
             scale=scale,
         )
         return x, y.to(carrier(spec.fmt)) if in_carrier else y, scale
 
-    def _tell(self, role: str, before: Tensor, after: Tensor) -> None:
+    def _site(self, role: str) -> Site:
+        return Site(self.path, (self.shown or {}).get(role, role), self.call)
+
+    def delayed_scale(self, role: str, x: Tensor) -> Tensor:
+        """The scale that the steps before give `role`; notes the amax of `x` for the steps to come."""
+        noted = self.scales.training or not role.startswith("fprop")
+        return self.scales.scale(self._site(role), x, self.specs[role], noted)
+
+    def tell(self, role: str, before: Tensor, after: Tensor) -> None:
         """Hand a rounding to whoever listens."""
         if not self.hooks.active or torch.compiler.is_compiling():
             return
@@ -155,6 +160,14 @@ class SiteSpec:
         """How a product of these operands runs: natively if the machine has their one format, else emulated."""
         names = {self.formats[role].name for role in operands}
         return "native" if len(names) == 1 and names <= self.native else "emulated"
+
+    def exact_in_bfloat16(self, *operands: str) -> bool:
+        """Whether all values of these operands' formats are bfloat16 numbers (powers of two below 2**-126 aside)."""
+        formats = [self.formats[role] for role in operands]
+        return self.acc is torch.float32 and all(
+            fmt.scaling in ("pow2", "floor") if isinstance(fmt, ScaledFormat) else BFLOAT16.holds(fmt)
+            for fmt in formats
+        )
 
     def result_route(self, result: str, *operands: str) -> str:
         """As `route`, but native only if the kernel can also deliver the result in its format."""
