@@ -12,8 +12,7 @@ nvfp4    amax first rounded to float32, from where all scales are computed in it
          scale  = e4m3((amax / 6) · encode), saturating
          q = e2m1(x · min(1 / (scale · tensor scale), float32's max))
          value = (q · scale) · tensor scale                      q · scale is exact
-         A group whose scale rounds to zero becomes zero. amax is rounded to float32 first; where a float64 tensor's
-         is beyond it, the whole tensor becomes NaN.
+         A group whose scale rounds to zero becomes zero.
 
 A group that holds an infinity or a NaN becomes NaN, and so does its scale: nothing that went wrong is hidden behind a
 largest value. (In nvfp4 that is the whole tensor, since the tensor scale depends on every element; and a

@@ -41,7 +41,7 @@ def codes_of(values: npt.NDArray[np.float64], fmt: Format, sign: npt.NDArray[np.
         raise ConfigError(f"{fmt} has no code for NaN, and the array holds {int(np.isnan(values).sum())}")
     container = _CONTAINERS[fmt.bits]
     if fmt.name == "float64":  # 2**52 times a fraction would not fit the int64 below with the sign
-        return values.view(np.uint64).copy()
+        return np.where(np.isnan(values), np.copysign(values, np.where(sign, -1.0, 1.0)), values).view(np.uint64)
     if fmt.is_integer:
         return values.astype(np.int64).astype(np.uint8)
     magnitude = np.where(np.isfinite(values), np.abs(values), 1.0)

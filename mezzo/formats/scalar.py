@@ -104,10 +104,7 @@ def round_group_scalar(
     top = Fraction(fmt.element.max)
     if fmt.scaling == "nvfp4":
         assert tensor_amax is not None
-        whole_amax = round_scalar(tensor_amax, FLOAT32, overflow="cast")
-        if math.isinf(whole_amax):
-            return [math.nan] * len(values), math.nan
-        encode = step(2688 / Fraction(whole_amax), FLOAT32) if whole_amax else Fraction(1)
+        encode = step(2688 / Fraction(tensor_amax), FLOAT32) if tensor_amax else Fraction(1)
         tensor_scale = step(1 / encode, FLOAT32)
         scale = step(step(step(step(amax, FLOAT32) / 6, FLOAT32) * encode, FLOAT32), fmt.scale)
         product = step(scale * tensor_scale, FLOAT32)
