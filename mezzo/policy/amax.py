@@ -56,7 +56,7 @@ def scale(scaling: DelayedScaling, history: Any, fmt: AnyFormat, xp: Any) -> Any
         raise ConfigError(f"delayed scaling is for formats scaled by a float32, such as e4m3@tensor; not for {fmt}")
     amax = xp.amax(history, -1)
     top = xp.full_like(amax, fmt.element.max)  # dividing by a Python number may multiply by its reciprocal
-    # The quotient first: 2**margin times the largest float32 would overflow.
-    wanted = xp.clip(amax / top, MIN_SCALE, max_scale(fmt.element.max)) * 2.0**scaling.margin
-    wanted = xp.clip(wanted, MIN_SCALE, max_scale(fmt.element.max))
+    room = 2.0**scaling.margin
+    # The ceiling before the margin: after it, what is too large may have overflowed already.
+    wanted = xp.clip(amax / top, MIN_SCALE, max_scale(fmt.element.max) / room) * room
     return xp.where(amax == 0, xp.ones_like(amax), wanted)
