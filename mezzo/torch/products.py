@@ -65,9 +65,12 @@ def multiply(
     return spec.cast(f"{product}.out", y)
 
 
-def _gradients(spec: SiteSpec, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The incoming gradient rounded for dgrad and for wgrad; widened once where both are emulated from one rounding."""
-    g_d, g_w = spec.cast("dgrad.a", g), spec.cast("wgrad.a", g, axis=0)
+def _gradients(spec: SiteSpec, g: Tensor, wgrad: bool) -> tuple[Tensor, Tensor]:
+    """The incoming gradient rounded for dgrad and for wgrad; widened once where both are emulated from one rounding.
+
+    wgrad    whether it is needed rounded for wgrad: if not, it is given back as it came
+    """
+    g_d, g_w = spec.cast("dgrad.a", g), spec.cast("wgrad.a", g, axis=0) if wgrad else g
     if (
         g_d is g_w
         and not g.is_cuda
@@ -84,11 +87,20 @@ def _keep(
     return spec.keep(role, x, axis, rounded) if ctx.needs_input_grad[gradient] else ((), Kept("nothing"))
 
 
+def _check_transforms(ctx: Any, spec: SiteSpec, fprop: int, dgrad: int, wgrad: int) -> None:
+    """Refuse now what the backward pass could not do; the numbers are the lengths that the three products sum over."""
+    spec.check_hadamard("fprop", fprop)
+    for needed, product, length in zip(ctx.needs_input_grad, ("dgrad", "wgrad"), (dgrad, wgrad), strict=False):
+        if needed and spec.scales.training:
+            spec.check_hadamard(product, length)
+
+
 class Linear(torch.autograd.Function):
     """y = x·wᵀ + bias;  dx = dy·w;  dw = dyᵀ·x.  x (rows, in), w (out, in), bias (out,)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: SiteSpec) -> Tensor:
+        _check_transforms(ctx, spec, weight.shape[1], weight.shape[0], x.shape[0])
         a = spec.cast("fprop.a", x)
         b = spec.cast("fprop.b", weight)
         tensors, ctx.kept = _keep(ctx, 1, spec, "wgrad.b", x, 0, a if spec.shared("wgrad.b", "fprop.a") else None)
@@ -105,13 +117,15 @@ class Linear(torch.autograd.Function):
         weight, *tensors = ctx.saved_tensors
         spec: SiteSpec = ctx.spec
         dx = dw = db = None
-        g_d, g_w = _gradients(spec, grads[0])
+        # Sums over the rows of a transform are not those of the gradient: the bias then takes it unrounded.
+        turned = bool(spec.specs["wgrad.a"].hadamard)
+        g_d, g_w = _gradients(spec, grads[0], ctx.needs_input_grad[1] or (ctx.needs_input_grad[2] and not turned))
         if ctx.needs_input_grad[0]:
             dx = multiply(spec, "dgrad", g_d, spec.cast("dgrad.b", weight, axis=0)).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             dw = multiply(spec, "wgrad", g_w.t(), spec.take("wgrad.b", tensors, ctx.kept, 0)).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            db = spec.cast("wgrad.out", g_w.sum(0, dtype=spec.acc)).to(ctx.bias_dtype)
+            db = spec.cast("wgrad.out", (grads[0] if turned else g_w).sum(0, dtype=spec.acc)).to(ctx.bias_dtype)
         return dx, dw, db, None
 
 
@@ -141,6 +155,7 @@ class Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, spec: SiteSpec) -> Tensor:
+        _check_transforms(ctx, spec, x.shape[-1], y.shape[-1], x.shape[-2])
         a, b = spec.cast("fprop.a", x), spec.cast("fprop.b", y, axis=-2)
         of_x, ctx.kept_x = _keep(ctx, 1, spec, "wgrad.b", x, -2, a if spec.shared("wgrad.b", "fprop.a") else None)
         of_y, ctx.kept_y = _keep(ctx, 0, spec, "dgrad.b", y, -1, b if spec.shared("dgrad.b", "fprop.b") else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from mezzo.torch.scales import Scales
 
 Tap = Callable[[Site, Tensor, Tensor], None]
 OUTPUTS = ("fprop.out", "dgrad.out", "wgrad.out", "dgrad.query", "dgrad.key", "dgrad.value")
+SUMMED = {"fprop": "input features", "dgrad": "output features", "wgrad": "rows (of a linear layer: batch × sequence)"}
 
 
 @dataclass
@@ -192,6 +193,21 @@ class SiteSpec:
                 f"{self.path}:{blocks[0]}={names[blocks[0]]}: {what} sums over several axes in its three products, so "
                 "its blocks would lie across them; take a format without blocks, such as bfloat16 or e4m3@tensor"
             )
+
+    def check_hadamard(self, product: str, length: int) -> None:
+        """Refuse a Hadamard block that does not divide what the product sums over.
+
+        length    of the summed axis: input features for "fprop", output features for "dgrad", rows for "wgrad"
+        """
+        one, other = (self.specs[f"{product}.{operand}"] for operand in "ab")
+        if not one.hadamard or length % one.hadamard == 0:
+            return
+        without = [f"{self.path}:{product}.{o}={replace(s, hadamard=0)}" for o, s in (("a", one), ("b", other))]
+        raise ConfigError(
+            f"{self.path}:{product}.a={one}: blocks of {one.hadamard} for the Hadamard transform do not divide the "
+            f"{length} {SUMMED[product]} that this product sums over; make them a multiple of {one.hadamard}, or drop "
+            f"the transform with the rules {'; '.join(without)}"
+        )
 
     def plain(self, *tensors: Tensor | None) -> bool:
         """Whether the unmodified float32 or float64 operation is already what the table asks for."""

@@ -327,3 +327,17 @@ def test_a_call_index_rule_changes_only_that_call():
         assert torch.equal(first, F.linear(x, model.layer.weight, model.layer.bias))
         assert not torch.equal(first, second)
     assert isinstance(precision.mode, SiteMode)
+
+
+def test_a_bias_gets_the_sum_of_its_gradient_where_the_weight_gets_a_transformed_one():
+    """Rows of a Hadamard transform are mixtures of the gradient's rows: their sum is another number."""
+    x = torch.randn(32, 16)
+    model = nn.Sequential(nn.Linear(16, 4))
+    Precision(model, None, "bf16; *:wgrad.a=nvfp4 stochastic hadamard; *:wgrad.b=nvfp4 hadamard")
+    y = model(x)
+    y.retain_grad()
+    y.pow(2).sum().backward()
+    # The output is a bfloat16 number, its gradient is twice that: nothing is rounded before the sum.
+    assert torch.allclose(
+        model[0].bias.grad, y.grad.sum(0), rtol=0, atol=32 * 2.0**-24 * y.grad.abs().sum(0).max().item()
+    )
