@@ -1,6 +1,7 @@
-"""Tokens/s, MFU and peak memory of a training step on one GPU: mezzo bf16, a torch.amp loop, Hugging Face Trainer.
+"""Tokens/s, MFU and peak memory of a training step on one GPU: mezzo, a torch.amp loop, Hugging Face Trainer.
 
     python benchmarks/gpu_step.py [--preset gpt2-124m] [--batch 16] [--steps 20] [--compile] [--device cuda]
+                                  [--policies bf16 fp8 mxfp8 nvfp4]
 
 mezzo and the amp loop train the same module of mezzo's; the Trainer trains transformers' GPT-2 of the same size (left
 out, and said so, where transformers is not installed). Arms run one after the other in processes of their own, three
@@ -20,7 +21,7 @@ from typing import Any
 
 from common import write_result
 
-ARMS = ("mezzo-bf16", "amp-bf16", "hf-trainer-bf16")
+OTHERS = ("amp-bf16", "hf-trainer-bf16")
 
 
 def torch_arm(arm: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def torch_arm(arm: str, args: argparse.Namespace) -> dict[str, Any]:
     memory.reset_peak(device)
     model = GPT(shape, checkpoint_activations=args.checkpoint_activations).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    precision = Precision(model, optimizer, "bf16", max_norm=1.0) if arm.startswith("mezzo") else None
+    precision = Precision(model, optimizer, arm[6:], max_norm=1.0) if arm.startswith("mezzo-") else None
     run = torch.compile(model) if args.compile else model
     idx = torch.randint(shape.vocab_size, (args.batch, shape.seq_len + 1), device=device)
     x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
@@ -122,7 +123,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpoint-activations", action="store_true")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--policies", nargs="*", default=["bf16"], help="mezzo's arms")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
         found = trainer_arm(args) if args.arm.startswith("hf") else torch_arm(args.arm, args)
@@ -137,10 +139,11 @@ def main() -> None:
         raise SystemExit(f"no GPU: {why}; --device cpu --preset gpt-tiny shows that the script works")
     shape = preset(args.preset, vocab_size=padded_vocab(preset(args.preset).vocab_size))
     peak = hardware.measure(args.device).peak * 1e9
-    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    arms = [*(f"mezzo-{policy}" for policy in args.policies), *OTHERS]
+    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     absent: dict[str, str] = {}
     for _ in range(3):
-        for arm in ARMS:
+        for arm in arms:
             if arm in absent:
                 continue
             done = subprocess.run(
