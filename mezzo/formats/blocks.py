@@ -72,8 +72,10 @@ class Groups:
 
     def divide(self, x: Array) -> Array:
         """(outer, R, r, C, c) of an array of `shape`; where a last block is short, zeros fill it."""
-        x = np.moveaxis(x.reshape(self.flat), self.axis, -1).reshape(-1, *self.moved[-2:])
-        x = np.pad(x, [(0, 0), (0, -x.shape[1] % self.rows), (0, -x.shape[2] % self.columns)])
+        x = np.moveaxis(x.reshape(self.flat), self.axis, -1).reshape(math.prod(self.moved[:-2]), *self.moved[-2:])
+        empty_tensor = self.flat != self.shape and not x.size  # it has its one scale even so
+        short = 1 if empty_tensor else -x.shape[2] % self.columns
+        x = np.pad(x, [(0, 0), (0, -x.shape[1] % self.rows), (0, short)])
         tall, wide = x.shape[1] // self.rows, x.shape[2] // self.columns
         return x.reshape(x.shape[0], tall, self.rows, wide, self.columns)
 
@@ -112,7 +114,7 @@ class Groups:
         if len(self.flat) == 1:
             return scales.reshape(1, 1, 1, -1, 1)
         x = np.moveaxis(scales, self.axis, -1)
-        return x.reshape(-1, x.shape[-2], x.shape[-1])[:, :, None, :, None]
+        return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])[:, :, None, :, None]
 
 
 @dataclass(frozen=True)
