@@ -95,7 +95,13 @@ def join(groups: Groups, x: Tensor) -> Tensor:
 
 
 def _given(scale: Tensor, groups: Groups, blocks: Tensor) -> Tensor:
-    """As in `mezzo.formats.blocks`; the values are not looked at, which would wait for the device."""
+    """As in `mezzo.formats.blocks`; on other devices the values are not looked at, which would wait for them."""
+    if (
+        type(scale) is Tensor
+        and scale.device.type == "cpu"
+        and not bool(torch.all((scale > 0) & torch.isfinite(scale)))
+    ):
+        raise ConfigError("a given scale must be positive and finite")
     if scale.dim() == 0:
         return scale.reshape(1, 1, 1, 1, 1)
     if tuple(scale.shape) != groups.scales_shape:

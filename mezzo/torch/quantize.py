@@ -57,13 +57,11 @@ def quantize(
     seed, step, site = (0, 0, 0) if key is None else key
     site = _site_id(site) if isinstance(site, str) else site
     if scale is not None:
-        scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+        scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device).detach()
     if torch.compiler.is_compiling():
         step = torch.as_tensor(step)
         y = torch.ops.mezzo.quantize(x, str(fmt), axis, rounding, overflow, _signed(seed), step, site, scale)
     elif torch.is_grad_enabled() and x.requires_grad:
-        if out is not None:
-            raise ConfigError("out= is for tensors whose gradient is not recorded; use torch.no_grad()")
         return _StraightThrough.apply(x, fmt, axis, rounding, overflow, (seed, step, site), scale)  # type: ignore
     else:
         return _quantize(x, fmt, axis, rounding, overflow, (seed, step, site), scale, dtype, out)
@@ -96,7 +94,7 @@ def _check_out(x: Tensor, fmt: AnyFormat, out: Tensor) -> None:
             f"{fmt} (such as {str(result_dtype(x.dtype, fmt)).removeprefix('torch.')}); "
             f"it has {tuple(out.shape)}, {out.device}, {out.dtype}"
         )
-    if out.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         raise ConfigError("out= is for tensors whose gradient is not recorded; use torch.no_grad()")
 
 
@@ -127,7 +125,9 @@ def _quantize(
         y = round_groups(x, fmt, axis, rounding, overflow, words, scale)
     else:
         y = round_elements(x, fmt, rounding, overflow, words).to(dtype)
-    return y if out is None else out.copy_(y)
+    if out is not None:
+        return out.copy_(y)
+    return y.clone() if y is x else y  # where there was nothing to round
 
 
 def _fits_helper(x: Tensor, fmt: AnyFormat, rounding: str, out: Tensor | None) -> bool:

@@ -109,7 +109,7 @@ class Helper:
                   may be x
         fmt       any element format but float64 and float8_e8m0fnu
         key       (seed, step, site) for stochastic rounding; words go by the order in memory
-        raises    ValueError if the tensors, the format or the key are none of these
+        raises    ValueError if the tensors or the format are none of these; ConfigError if the key is not
         """
         _check_tensors(x, out)
         if not supports(fmt):
@@ -294,7 +294,7 @@ def _job(x: Tensor, out: Tensor, fmt: Format, rounding: str, overflow: str, key:
         seed, step, site = key
         site = site_id(site) if isinstance(site, str) else site
         if not (0 <= seed < 1 << 64 and 0 <= step < 1 << 32 and 0 <= site < 1 << 32):
-            raise ValueError(f"the key is (seed below 2**64, step below 2**32, site below 2**32), not {key}")
+            raise ConfigError(f"the key is (seed below 2**64, step below 2**32, site below 2**32), not {key}")
         job.seed, job.step, job.site = seed, step, site
     return job
 
