@@ -12,6 +12,9 @@ As TOML:
     [[rule]]
     site = "head:*"
     format = "float32"
+
+The recipe may be the path of such a file, `my.toml` or `my.toml; head:*=float32`: it is read once, and what the policy
+then holds is the file's own recipe and rules, not the path.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import tomli_w
 
 from mezzo.errors import ConfigError
 from mezzo.formats import AnyFormat
-from mezzo.policy import depth
+from mezzo.policy import depth, recipe_file
 from mezzo.policy.recipe import RECIPES, Recipe
 from mezzo.policy.rule import Rule
 from mezzo.policy.scale import LossScaling
@@ -66,9 +69,11 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str) -> Policy:
-        """Read `recipe; site=format; …; loss_scale=dynamic|none|NUMBER`.
+        """Read `recipe; site=format; …; loss_scale=dynamic|none|NUMBER`, the recipe a name or the path of a .toml file.
 
-        raises    ConfigError on an unknown recipe, role, format or key, and on a key given twice
+        A rule for a site that the file has a rule for takes its place.
+
+        raises    ConfigError on an unknown recipe, role, format or key, a key given twice, a file that is no recipe
         """
         name, *rest = (part.strip() for part in text.split(";"))
         data: dict[str, Any] = {"recipe": name}
@@ -109,8 +114,11 @@ class Policy:
             if missing:
                 raise ConfigError(f"a policy rule needs the strings site and format, got {dict(row)!r}")
             rules.append(Rule.parse(row["site"], row["format"]))
-        scaling = _scaling(data["loss_scale"]) if "loss_scale" in data else _recipe(recipe).loss_scaling
-        return cls(recipe, tuple(rules), scaling)
+        base = _base(recipe)
+        own = cls(base.recipe, tuple(rules))  # two rules for one site in one text are an error, one in each are not
+        sites = {rule.site for rule in own.rules}
+        scaling = _scaling(data["loss_scale"]) if "loss_scale" in data else base.loss_scaling
+        return cls(base.recipe, (*(rule for rule in base.rules if rule.site not in sites), *own.rules), scaling)
 
     @classmethod
     def from_toml(cls, text: str) -> Policy:
@@ -232,10 +240,25 @@ def _number(text: str) -> int | float | str:
     return text
 
 
+def _base(recipe: str) -> Policy:
+    """A recipe as a policy, or what the file holds if it is the path of one."""
+    if not recipe_file.is_file(recipe):
+        return Policy(recipe)
+    data = recipe_file.read(recipe)
+    try:
+        return Policy.from_dict({key: data[key] for key in recipe_file.KEYS if key in data})
+    except ConfigError as error:
+        raise ConfigError(f"the recipe file {recipe}: {error}") from error
+
+
 def _recipe(name: str) -> Recipe:
     found = RECIPES.get(name)
+    if found is None and recipe_file.is_file(name):
+        raise ConfigError(f"Policy(…) takes a recipe's name; Policy.parse({name!r}) reads a file")
     if found is None:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}{hint}")
+        raise ConfigError(
+            f"unknown recipe {name!r}; known: {', '.join(RECIPES)}{hint or '; or a path ending in .toml'}"
+        )
     return found

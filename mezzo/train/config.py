@@ -100,6 +100,11 @@ class Config(_Section):
     def resolved_policy(self) -> Policy:
         return Policy.parse(self.policy) if isinstance(self.policy, str) else Policy.from_dict(self.policy)
 
+    def self_contained(self) -> Config:
+        """The same config with its policy as it is now, spelled out: it names no recipe's file any more."""
+        policy = self.resolved_policy()
+        return self.model_copy(update={"policy": str(policy) if isinstance(self.policy, str) else policy.to_dict()})
+
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
@@ -134,9 +139,8 @@ def parse(data: Mapping[str, Any]) -> Config:
         config = Config.model_validate(_tuples(data))
     except ValidationError as error:
         raise ConfigError("; ".join(dict.fromkeys(_explain(dict(e)) for e in error.errors()))) from None
-    config.resolved_policy()
     config.model.resolve()
-    return config
+    return config.self_contained()
 
 
 def _apply(data: dict[str, Any], setting: str) -> str:

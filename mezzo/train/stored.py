@@ -34,13 +34,13 @@ def read_config(run: RunDir) -> Config:
 
 
 def anchored(config: Config) -> Config:
-    """The config with absolute paths, so that the run can be resumed from any folder."""
+    """The config with absolute paths and its policy spelled out, so that the run can be resumed from any folder."""
     data = config.data
     paths: dict[str, str | None] = {"tokenizer": data.tokenizer, "cache": data.cache}
     if data.corpus != "stdlib":
         paths["corpus"] = data.corpus
     update = {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items() if path is not None}
-    return config.model_copy(update={"data": data.model_copy(update=update)})
+    return config.self_contained().model_copy(update={"data": data.model_copy(update=update)})
 
 
 def keep_corpus(run: RunDir, corpus: Corpus) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel
 from mezzo.errors import ConfigError
 from mezzo.policy import Policy
 from mezzo.train.config import Config, DataSection, ModelSection, TrainSection, load, parse
+from mezzo.train.stored import anchored
 
 # Every field with a value that is not its default.
 EVERY: dict[str, Any] = {
@@ -157,3 +159,19 @@ def test_a_missing_or_unreadable_file_is_an_error_that_names_it(tmp_path: Path) 
         load(tmp_path / "latin.toml")
     with pytest.raises(ConfigError, match=r"is not a config: .*directory"):
         load(tmp_path)
+
+
+def test_a_policy_from_a_file_is_read_once_and_spelled_out(tmp_path: Path) -> None:
+    mine = tmp_path / "my.toml"
+    mine.write_text('recipe = "fp16"\n[[rule]]\nsite = "head:*"\nformat = "fp32"\n')
+    config = load(None, [f'policy="{mine}; head:input=bf16"'])
+    table = load(None, base={"policy": {"recipe": str(mine)}})
+    mine.unlink()
+    assert config.policy == "fp16; head:*=float32; head:input=bfloat16"
+    assert table.policy == {"recipe": "fp16", "rule": [{"site": "head:*", "format": "float32"}]}
+    assert parse(tomllib.loads(config.to_toml())) == config
+
+
+def test_a_config_that_was_made_by_hand_is_spelled_out_for_the_run(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text('recipe = "fp16"')
+    assert anchored(Config(policy=str(tmp_path / "my.toml"))).policy == "fp16"
