@@ -13,7 +13,7 @@ PUBLIC = {
             "quantize"},
     mezzo.formats: FORMATS,
     mezzo.policy: {"LossScaling", "Policy", "RECIPES", "Recipe", "Rule", "ScaleState", "Site", "Spec"},
-    mezzo.torch: {"CONTRACT", "FastCpu", "Precision", "SiteRow", "Step", "fast_cpu", "hadamard", "quantize"},
+    mezzo.torch: {"CONTRACT", "FastCpu", "Precision", "Pruner", "SiteRow", "Step", "fast_cpu", "hadamard", "quantize"},
 }  # fmt: skip
 
 

@@ -3,10 +3,11 @@
 from mezzo.torch.cpu16 import FastCpu, fast_cpu
 from mezzo.torch.hadamard import hadamard
 from mezzo.torch.precision import Precision
+from mezzo.torch.prune import Pruner
 from mezzo.torch.quantize import quantize
 from mezzo.torch.sites import SiteRow
 from mezzo.torch.step import Step
 
 CONTRACT = 1  # version of the numerics contract, docs/numerics.md
 
-__all__ = ["CONTRACT", "FastCpu", "Precision", "SiteRow", "Step", "fast_cpu", "hadamard", "quantize"]
+__all__ = ["CONTRACT", "FastCpu", "Precision", "Pruner", "SiteRow", "Step", "fast_cpu", "hadamard", "quantize"]

@@ -14,9 +14,11 @@ from mezzo import hardware
 from mezzo.errors import ConfigError, NonfiniteError
 from mezzo.policy import LossScaling, Policy
 from mezzo.policy.site import ROOT
+from mezzo.torch.clip import Clipping, norms
 from mezzo.torch.compact import Compact
 from mezzo.torch.intercept import Seen, attach, detach, refuse_attached
 from mezzo.torch.products import float32_kernels
+from mezzo.torch.prune import Pruner
 from mezzo.torch.rounding import carrier
 from mezzo.torch.scaler import LossScaler
 from mezzo.torch.scales import Scales
@@ -41,8 +43,13 @@ class Precision:
     policy      a recipe's name, a policy string, or a Policy
     scheduler   one or several learning-rate schedulers, moved after each step that was not skipped
     max_norm    gradients are clipped to this total norm
+    max_value   each element of a gradient is clipped to [-max_value, max_value]
+    adaptive    the gradient of each unit (row, output channel) is clipped to this share of its weights' norm
+    pruner      a Pruner of this model, moved after each step that was not skipped
     seed        of stochastic rounding
     raises      ConfigError if the policy cannot be carried out on this model
+
+    Several ways of clipping apply in the order adaptive, value, norm, each to what the one before it left.
     """
 
     def __init__(
@@ -53,6 +60,9 @@ class Precision:
         *,
         scheduler: Any = None,
         max_norm: float | None = None,
+        max_value: float | None = None,
+        adaptive: float | None = None,
+        pruner: Pruner | None = None,
         seed: int = 0,
     ) -> None:
         self.policy = Policy.of(policy)
@@ -65,9 +75,10 @@ class Precision:
         for one in self.schedulers:
             if isinstance(one, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 raise ConfigError("ReduceLROnPlateau needs a metric at each step; call its step(metric) yourself")
-        if max_norm is not None and not max_norm > 0:
-            raise ConfigError(f"max_norm is a positive number or None, got {max_norm!r}")
-        self.max_norm = max_norm
+        self.clipping = Clipping(max_norm, max_value, adaptive)
+        if pruner is not None and pruner.model is not model:
+            raise ConfigError("the pruner is of another model; make it with Pruner(model, ...) of this one")
+        self.pruner = pruner
         self.device = _device_of(model)
         self.hooks = Hooks(watching=self._always_watches)
         self.hardware = hardware.measure(self.device.type)
@@ -122,26 +133,23 @@ class Precision:
         grads = [p.grad for p in owned if p.grad is not None]
         if any(g.is_sparse for g in grads):
             raise ConfigError("step() cannot unscale sparse gradients; make the embeddings with sparse=False")
-        dtypes = {g.dtype for g in grads}
-        wide = torch.float64 if torch.float64 in dtypes else torch.float32
-        narrow = dtypes & {torch.bfloat16, torch.float16}  # whose norms would have 16 bits too
-        norms = torch._foreach_norm(grads, 2, wide if narrow else None)
+        if self.pruner is not None:
+            self.pruner.mask_gradients()
+        each, total = norms(grads)
         scale = self.scaler.scale
-        total = torch.linalg.vector_norm(torch.stack([n.to(torch.float64 if n.dtype is torch.float64 else torch.float32)
-                                                      for n in norms]))  # fmt: skip
         overflow = ~torch.isfinite(total)
         grad_norm = total.float() / scale
-        divisor = scale
-        if self.max_norm is not None:
-            divisor = scale * torch.clamp(grad_norm / self.max_norm, min=1.0)
-        self._update(divisor, overflow)
+        self._update(self.clipping.divisor(grads, owned, scale, grad_norm), overflow)
+        if self.pruner is not None:
+            self.pruner.move(overflow, {p: s.remainder for p, s in self.compact.slots.items()})
         self._roll_back_buffers(overflow)
         self.scaler.update(overflow)
         self.scales.step(overflow)
         self.steps += 1
         names = [self.names.get(id(p), "a parameter outside of the model") for p in owned]
         self.last = Step(self.steps, overflow, grad_norm, scale, self.scaler.state.at_floor,
-                         tuple(self.hooks.nonfinite), tuple(zip(names, norms, strict=True)))  # fmt: skip
+                         tuple(self.hooks.nonfinite), tuple(zip(names, each, strict=True)),
+                         sparsity=None if self.pruner is None else self.pruner.sparsity)  # fmt: skip
         self.hooks.nonfinite = []
         if self.device.type == "cpu":
             self._finish_last()  # nothing to wait for
@@ -189,6 +197,8 @@ class Precision:
         if not last.skipped_now():
             self.bad_run = 0
             self.hooks.watching = self._always_watches
+            if self.pruner is not None:
+                self.pruner.taken()
             for scheduler in self.schedulers:
                 scheduler.step()
             return
@@ -277,7 +287,8 @@ class Precision:
         self._finish_last()
         counts = {"steps": self.steps, "skipped": self.skipped, "bad_run": self.bad_run}
         own = {name: torch.tensor(n) for name, n in counts.items()}
-        return self.scaler.state_dict() | self.scales.state_dict() | self.compact.state_dict() | own
+        pruned = {} if self.pruner is None else self.pruner.state_dict()
+        return self.scaler.state_dict() | self.scales.state_dict() | self.compact.state_dict() | pruned | own
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave, after the model's own state was loaded."""
@@ -286,6 +297,8 @@ class Precision:
         self.steps, self.skipped, self.bad_run = (int(state[key]) for key in ("steps", "skipped", "bad_run"))
         self.last = None
         self.compact.load_state_dict(state, self.steps)
+        if self.pruner is not None:
+            self.pruner.load_state_dict(state, self.steps - self.skipped)
         self._keep_buffers()
 
     def remove(self) -> None:

@@ -20,6 +20,7 @@ class Step:
     grad_norm   0-d float32: total norm of the unscaled gradients, before clipping
     loss_scale  0-d float32: the scale this step's loss was multiplied by
     at_floor    0-d int32: overflows in a row at the scale's floor
+    sparsity    0-d float32: share of the prunable weights that are masked after this step; None without a pruner
     """
 
     index: int
@@ -29,6 +30,7 @@ class Step:
     at_floor: Tensor
     watched: tuple[tuple[Site, Tensor], ...]
     norms: tuple[tuple[str, Tensor], ...]
+    sparsity: Tensor | None = None
     finished: bool = False
 
     def skipped_now(self) -> bool:
