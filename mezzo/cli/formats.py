@@ -40,7 +40,7 @@ def formats(names: tuple[str, ...], as_json: bool) -> None:
     from mezzo.formats import FORMATS, SCALED, get_format
 
     chosen = [get_format(name) for name in names] or [*FORMATS.values(), *SCALED.values()]
-    hardware, machine = _machine()
+    hardware, machine = this_machine()
     records = [_record(fmt, hardware, machine["reason"]) for fmt in chosen]
     if names:
         for fmt, record in zip(chosen, records, strict=True):
@@ -64,7 +64,7 @@ def table_console() -> Console:
     return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
-def _machine() -> tuple[Hardware | None, dict[str, Any]]:
+def this_machine() -> tuple[Hardware | None, dict[str, Any]]:
     """What was measured here, or why nothing was; the formats themselves need no torch."""
     from mezzo import hardware
 

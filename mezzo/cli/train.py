@@ -19,7 +19,7 @@ INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, try again with --resume
 @click.command()
 @click.argument("config", required=False, type=click.Path(dir_okay=False))
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Replace one key of the config.")
-@click.option("--policy", metavar="POLICY", help="A recipe (fp64, fp32, tf32, bf16, fp16), or one with rules on top.")
+@click.option("--policy", metavar="POLICY", help="A recipe (see mezzo recipes) or a .toml file, rules on top.")
 @click.option("--data", metavar="PATH", help="File, folder or glob of text or JSON lines (.gz too), or stdlib.")
 @click.option("--out", metavar="DIR", type=click.Path(file_okay=False), help="The run directory to make.")
 @click.option("--resume", metavar="DIR", type=click.Path(file_okay=False), help="Go on with this run.")

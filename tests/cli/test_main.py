@@ -18,6 +18,7 @@ OPTIONS = {
     "formats": ["NAMES", "--json"],
     "generate": ["RUN", "--prompt", "--tokens", "--temperature", "--top-k", "--top-p", "--seed", "--policy"],
     "probe": ["--json", "--fresh"],
+    "recipes": ["NAME", "--json"],
     "sites": ["SOURCE", "--policy", "--json"],
     "train": ["CONFIG", "--set", "--policy", "--data", "--out", "--resume"],
 }
