@@ -159,6 +159,22 @@ def test_the_words_hang_on_seed_step_and_parameter():
     assert torch.equal(after(0, 2).float(), second)
 
 
+def test_each_moment_has_words_of_its_own():
+    model = nn.Linear(64, 64, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    precision = Precision(model, optimizer, "bf16; *:state=bfloat16 stochastic", seed=5)
+    wide = copy.deepcopy(model)
+    plain = torch.optim.AdamW(wide.parameters(), fused=True)
+    give(model, 0)
+    give(wide, 0)
+    precision.step()
+    plain.step()
+    for key in ("exp_avg", "exp_avg_sq"):
+        words = (5, 0, f"weight:state.{key}")
+        want = quantize(plain.state[wide.weight][key], "bf16", rounding="stochastic", key=words)
+        assert torch.equal(precision.compact.slots[model.weight].moments[key].values(model.weight), want)
+
+
 def test_kahan_keeps_16_bits_where_bfloat16_keeps_8():
     wide, _, plain = make("bf16", "fused SGD")
     model, _, precision = make("bf16; *:master=bfloat16 kahan", "fused SGD")
@@ -287,7 +303,8 @@ def test_accumulators_that_start_at_once_are_taken_over():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("policy", RECIPES)
+# Rounding mxfp8 anew is not always the same: a block whose largest came down to 448 · 2^e takes a smaller scale.
+@pytest.mark.parametrize("policy", [*RECIPES, "bf16; *:state=mxfp8"])
 def test_a_skipped_step_leaves_every_bit(policy, name):
     model, optimizer, precision = make(policy, name)
     train(model, precision, 3)
@@ -427,14 +444,14 @@ def test_gradients_accumulate_and_every_recipe_learns(policy):
     def loss(rows=slice(None)):
         return (model(x[rows]) - x[rows].roll(1, -1)).square().mean()
 
-    before = float(loss())
+    before = loss().item()
     for _ in range(60):
         for rows in (slice(0, 16), slice(16, 32)):
             precision.backward(loss(rows) / 2)
         precision.step()
-    assert float(loss()) < 0.6 * before
+    assert loss().item() < 0.6 * before
     with precision.using("fp32"):
-        assert float(loss()) == pytest.approx(float(loss()), rel=0.05)
+        assert loss().item() < 0.7 * before
 
 
 def test_several_optimizers_of_which_one_has_nothing_low():
