@@ -14,6 +14,7 @@ from mezzo import hardware
 from mezzo.errors import ConfigError, NonfiniteError
 from mezzo.policy import LossScaling, Policy
 from mezzo.policy.site import ROOT
+from mezzo.torch.advice import advise, operands
 from mezzo.torch.clip import Clipping, norms
 from mezzo.torch.compact import Compact
 from mezzo.torch.intercept import Seen, attach, detach, refuse_attached
@@ -262,6 +263,17 @@ class Precision:
             raise ConfigError("no forward pass seen yet: run the model once, or give example inputs to sites()")
         return rows(self.model, self.mode, self._seen.values())
 
+    def advice(self, *example: Any, **kwargs: Any) -> list[str]:
+        """What to know before training: formats and shapes that train badly or slowly, each with a remedy.
+
+        example   as for `sites`
+        raises    ConfigError as `sites`; also where training would: a Hadamard block that does not divide an axis
+        """
+        self.sites(*example, **kwargs)
+        fixed = [name.rpartition(".")[0] or ROOT for name, p in self.model.named_parameters() if not p.requires_grad]
+        found = operands(self._seen.values(), self.mode.table, fixed)
+        return advise(found, device=self.device.type, loss_scaling=self.policy.loss_scaling is not None)
+
     @contextmanager
     def tap(self, listener: Tap) -> Iterator[None]:
         """Call `listener(site, before, after)` at every rounding, forward and backward, while the context is open."""
@@ -296,10 +308,14 @@ class Precision:
         self.scales.load_state_dict(state)
         self.steps, self.skipped, self.bad_run = (int(state[key]) for key in ("steps", "skipped", "bad_run"))
         self.last = None
+        self.load_lasting(state)
+        self._keep_buffers()
+
+    def load_lasting(self, state: dict[str, Tensor]) -> None:
+        """Restore only what another policy can go on with: what is kept beside weights, moments, masks."""
         self.compact.load_state_dict(state, self.steps)
         if self.pruner is not None:
-            self.pruner.load_state_dict(state, self.steps - self.skipped)
-        self._keep_buffers()
+            self.pruner.load_state_dict(state, int(state["steps"] - state["skipped"]))
 
     def remove(self) -> None:
         """Give the model its own forward back, and the optimizers their moments; weights stay as they are."""

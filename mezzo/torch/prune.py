@@ -173,6 +173,11 @@ class Pruner:
         own = {f"{PREFIX}steps": torch.tensor(self.count), f"{PREFIX}level": torch.tensor(self.level).double()}
         return own | {f"{PREFIX}mask.{name}": mask for name, mask in self.masks.items()}
 
+    @staticmethod
+    def saved_in(state: Mapping[str, Tensor]) -> bool:
+        """Whether a state is of training that pruned."""
+        return f"{PREFIX}steps" in state
+
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor], steps: int = 0) -> None:
         """Restore what `state_dict` gave, and zero the masked weights; other names in `state` are passed over.
@@ -182,7 +187,7 @@ class Pruner:
         """
         start = f"{PREFIX}mask."
         saved = {key.removeprefix(start): mask for key, mask in state.items() if key.startswith(start)}
-        if f"{PREFIX}steps" not in state:
+        if not self.saved_in(state):
             self.count, self.level = steps, 0.0
             saved = {name: torch.zeros_like(mask) for name, mask in self.masks.items()}
         else:

@@ -76,6 +76,13 @@ class TrainSection(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     clip: Annotated[float, Field(ge=0)] = 1.0  # total norm of the gradients; 0 clips nothing
+    clip_value: Annotated[float, Field(ge=0)] = 0.0
+    clip_adaptive: Annotated[float, Field(ge=0)] = 0.0
+    prune: Literal["none", "magnitude", "2:4"] = "none"
+    prune_sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    prune_begin: Share = 0.1  # of the steps of the run, as prune_end
+    prune_end: Share = 0.6
+    prune_every: Count = 20
     checkpoint_every: Count = 500
     keep: Count = 2
     eval_every: Count = 250
@@ -140,7 +147,21 @@ def parse(data: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         raise ConfigError("; ".join(dict.fromkeys(_explain(dict(e)) for e in error.errors()))) from None
     config.model.resolve()
+    _check_pruning(config.train)
     return config.self_contained()
+
+
+def _check_pruning(t: TrainSection) -> None:
+    if t.prune == "magnitude" and t.prune_begin > t.prune_end:
+        raise ConfigError(
+            f"train.prune_begin = {t.prune_begin} comes after train.prune_end = {t.prune_end}; give a smaller begin or "
+            "a larger end, both shares of the run"
+        )
+    if t.prune == "2:4" and t.prune_sparsity != 0.5:
+        raise ConfigError(
+            f"train.prune_sparsity = {t.prune_sparsity}, but train.prune = '2:4' makes it 0.5; leave it out, or take "
+            "train.prune = 'magnitude'"
+        )
 
 
 def _apply(data: dict[str, Any], setting: str) -> str:

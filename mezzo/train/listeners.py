@@ -16,8 +16,8 @@ class Listener:
     """Does nothing; override what you need.
 
     A record has the keys step, loss, lr, grad_norm, loss_scale, skipped, tokens, tokens_per_s, mfu, memory, and where
-    they apply: site (of a skipped step), val_loss (under the policy), val_loss_fp32, val_bits_per_byte (of the latter),
-    sample.
+    they apply: sparsity (if weights are pruned), site (of a skipped step), val_loss (under the policy), val_loss_fp32,
+    val_bits_per_byte (of the latter), sample.
     """
 
     def started(self, info: Record) -> None:

@@ -107,6 +107,8 @@ class Loop:
             "mfu": self.flops_per_token * speed / self.peak_flops if self.peak_flops else None,
             "memory": memory.peak(self.device) - self.resting,
         }
+        if outcome.sparsity is not None:
+            record["sparsity"] = float(outcome.sparsity)
         if record["skipped"]:
             record["site"] = outcome.site
         return record

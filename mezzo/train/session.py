@@ -22,8 +22,9 @@ from mezzo.errors import CheckpointError, ConfigError, NonfiniteError, RunError
 from mezzo.models.gpt_torch import GPT
 from mezzo.models.sampling import generate
 from mezzo.models.shapes import GPTConfig, flops_per_token, padded_vocab, parameter_count
-from mezzo.torch import CONTRACT, Precision
+from mezzo.torch import CONTRACT
 from mezzo.train import memory
+from mezzo.train.assemble import make_precision, restore
 from mezzo.train.checkpoint import (
     Checkpoint,
     copy_into,
@@ -115,9 +116,7 @@ class Session:
         self.model = GPT(self.shape, generator=generator, checkpoint_activations=t.checkpoint_activations)
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, config)
-        self.precision = Precision(
-            self.model, self.optimizer, config.resolved_policy(), max_norm=t.clip if t.clip > 0 else None
-        )
+        self.precision = make_precision(self.model, self.optimizer, config)
         tensorboard = [TensorBoard(run.path / "tensorboard")] if t.tensorboard else []
         self.listener = Listeners([RunLog(run), *tensorboard, listener])
         self._outer_determinism = torch.are_deterministic_algorithms_enabled()
@@ -188,13 +187,8 @@ class Session:
             raise CheckpointError(f"{checkpoint.path} was not written by `mezzo train`: it has no {', '.join(missing)}")
         copy_into(self.model.state_dict(), checkpoint.load_group("model"), "model")
         load_optimizer(self.optimizer, checkpoint.load_group("optimizer"), meta["optimizer"])
-        if meta["policy"] == str(self.precision.policy):
-            self.precision.load_state_dict(checkpoint.load_group("precision"))
-        else:
-            self.listener.message(
-                f"the policy was {meta['policy']}, now {self.precision.policy}: a new loss scale begins"
-            )
-            self.precision.compact.load_state_dict(checkpoint.load_group("precision"))
+        for message in restore(self.precision, checkpoint.load_group("precision"), meta["policy"]):
+            self.listener.message(message)
         torch.set_rng_state(checkpoint.load_group("rng")["torch"])
         self.first = checkpoint.step
         for difference in environment_differences(meta["environment"], self.environment):

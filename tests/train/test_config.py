@@ -28,7 +28,9 @@ EVERY: dict[str, Any] = {
     },
     "train": {
         "steps": 7, "seed": 3, "batch": 2, "accumulate": 4, "lr": 0.1, "min_lr": 0.0, "warmup": 1, "schedule": "wsd",
-        "decay": 0.5, "weight_decay": 0.0, "betas": [0.8, 0.99], "clip": 0.0, "checkpoint_every": 2, "keep": 5,
+        "decay": 0.5, "weight_decay": 0.0, "betas": [0.8, 0.99], "clip": 0.0, "clip_value": 0.5, "clip_adaptive": 0.01,
+        "prune": "magnitude", "prune_sparsity": 0.75, "prune_begin": 0.0, "prune_end": 1.0, "prune_every": 2,
+        "checkpoint_every": 2, "keep": 5,
         "eval_every": 3, "eval_batches": 4, "sample_every": 6, "sample_prompt": "\"ein\"\nmal 春", "device": "cpu",
         "checkpoint_activations": True, "compile": True, "tensorboard": True, "deterministic": False,
     },
@@ -108,6 +110,13 @@ WRONG = {
     "train.schedule=linear": "train.schedule: Input should be 'cosine', 'wsd' or 'constant', got 'linear'",
     "train.compile=1": "train.compile: Input should be a valid boolean, got 1",
     "train.device=gpu": "train.device: Input should be 'auto', 'cpu' or 'cuda', got 'gpu'",
+    "train.clip_value=-1": "train.clip_value: Input should be greater than or equal to 0, got -1",
+    "train.clip_adaptive=inf": "train.clip_adaptive: Input should be a finite number, got inf",
+    "train.prune=2:8": "train.prune: Input should be 'none', 'magnitude' or '2:4', got '2:8'",
+    "train.prune_sparsity=1": "train.prune_sparsity: Input should be less than 1, got 1",
+    "train.prune_sparsity=0": "train.prune_sparsity: Input should be greater than 0, got 0",
+    "train.prune_end=1.5": "train.prune_end: Input should be less than or equal to 1, got 1.5",
+    "train.prune_every=0": "train.prune_every: Input should be greater than or equal to 1, got 0",
     "model=tiny": "model is a group of keys, such as model.preset; got 'tiny'",
     "model.heads=5": "heads = 5 does not divide d_model = 128; choose heads from 1, 2, 4, 8",
     "model.kv_heads=3": "kv_heads = 3 does not divide heads = 4; choose kv_heads from 1, 2, 4",
@@ -136,6 +145,17 @@ def test_a_setting_that_means_nothing_is_an_error_that_says_what_is_possible(set
 def test_several_errors_come_in_one_message() -> None:
     with pytest.raises(ConfigError, match=r"train.steps: .*, got 0; train.batch: .*, got 0"):
         load(None, ["train.steps=0", "train.batch=0"])
+
+
+def test_a_schedule_of_pruning_that_cannot_be_is_an_error_if_it_would_be_used() -> None:
+    late = "train.prune_begin=0.8"
+    assert load(None, [late]).train.prune_begin == load(None, [late, "train.prune=2:4"]).train.prune_begin == 0.8
+    with pytest.raises(ConfigError, match=r"train.prune_begin = 0.8 comes after train.prune_end = 0.6; give a smaller"):
+        load(None, [late, "train.prune=magnitude"])
+    with pytest.raises(
+        ConfigError, match=r"train.prune_sparsity = 0.9, but train.prune = '2:4' makes it 0.5; leave it"
+    ):
+        load(None, ["train.prune=2:4", "train.prune_sparsity=0.9"])
 
 
 def test_a_key_set_twice_is_an_error() -> None:

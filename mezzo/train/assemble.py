@@ -1,0 +1,51 @@
+"""From a config to the `Precision` that trains by it, and on from a checkpoint: policy, clipping, pruning."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mezzo.torch import Precision, Pruner
+from mezzo.train.config import Config
+
+
+def make_precision(model: nn.Module, optimizer: Optimizer, config: Config) -> Precision:
+    """raises    ConfigError if the policy cannot be carried out on this model, or the model cannot be pruned"""
+    t = config.train
+    return Precision(
+        model,
+        optimizer,
+        config.resolved_policy(),
+        max_norm=t.clip or None,  # 0 clips nothing
+        max_value=t.clip_value or None,
+        adaptive=t.clip_adaptive or None,
+        pruner=make_pruner(model, config),
+    )
+
+
+def make_pruner(model: nn.Module, config: Config) -> Pruner | None:
+    """The config's pruner; its begin and end are shares of the run, rounded to whole steps."""
+    t = config.train
+    if t.prune == "none":
+        return None
+    begin, end = round(t.prune_begin * t.steps), round(t.prune_end * t.steps)
+    if t.prune == "2:4":
+        return Pruner(model, "2:4", begin=begin)
+    return Pruner(model, "magnitude", t.prune_sparsity, begin, end, t.prune_every)
+
+
+def restore(precision: Precision, state: dict[str, Tensor], policy: str) -> list[str]:
+    """Load what a checkpoint holds of a Precision; with another policy, what does not hang on that.
+
+    policy    the one that the checkpoint was saved under
+    returns   what a person should read
+    """
+    messages = []
+    if precision.pruner is None and Pruner.saved_in(state):
+        messages.append("train.prune is now 'none': weights that were pruned may move again")
+    if policy == str(precision.policy):
+        precision.load_state_dict(state)
+    else:
+        messages.append(f"the policy was {policy}, now {precision.policy}: a new loss scale begins")
+        precision.load_lasting(state)
+    return messages
