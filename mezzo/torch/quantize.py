@@ -172,7 +172,8 @@ def _quantize_op(
     scale: Tensor | None,
 ) -> Tensor:
     found = get_format(fmt)
-    key = (seed % (1 << 64), step, site)
+    # A step that is a number and changes comes through an int32: 2**31 and more are negative here.
+    key = (seed % (1 << 64), step % (1 << 32), site)
     dtype = result_dtype(x.dtype, found)
     return _quantize(x.contiguous(), found, axis, rounding, overflow, key, scale, dtype, None)  # type: ignore[arg-type]
 

@@ -1,5 +1,6 @@
 """`mezzo.torch.quantize` gives what `mezzo.formats.quantize` gives, to the bit: helper, torch operations, compiled."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -271,6 +272,21 @@ def test_element_i_takes_word_i_wherever_it_lies(name):
             same(quantize(layout, name, rounding="stochastic", key=KEY, **scale).reshape(-1), want.reshape(-1)[:n])
 
 
+@pytest.mark.parametrize("name", ["int8", "int8@tensor"])
+def test_a_fraction_that_equals_the_word_rounds_down_and_the_next_one_up(name):
+    scale = {} if name == "int8" else {"scale": 1.0}
+    words = philox.bits(*KEY, 1 << 16).astype(np.int64)
+    short = words % 256 == 0  # 24 bits: such a fraction fits into a float32
+    assert short.sum() > 100
+    for dtype, these in ((torch.float64, words >= 0), (torch.float32, short)):
+        for more, want in ((0, 0.0), (256, 1.0)):
+            x = torch.from_numpy(np.where(these, (words + more) / 2.0**32, 0.0)).to(dtype)
+            for switch in (contextlib.nullcontext(), helper.off()):
+                with switch:
+                    y = quantize(x, name, rounding="stochastic", key=KEY, **scale)
+                assert bool((y[torch.from_numpy(these)] == want).all())
+
+
 @SIZES
 @pytest.mark.parametrize("name", ["float8_e5m2", "nvfp4"])
 def test_a_step_is_a_number_or_a_tensor(name, size):
@@ -499,6 +515,19 @@ def test_compiled_code_gives_the_eager_bits_and_is_not_compiled_again_for_a_new_
     with helper.off():
         for one, want in zip(call(x, torch.tensor(2**32 - 1), scale), got, strict=True):
             same(one, as_numpy(want))
+
+
+@compiles
+@pytest.mark.usefixtures("fresh")
+def test_a_step_that_is_a_number_is_compiled_anew_which_shows_that_the_count_can_rise():
+    counter = CompileCounterWithBackend("aot_eager")
+    call = torch.compile(
+        lambda x, step: quantize(x, "e4m3", rounding="stochastic", key=(1, step, 2)), fullgraph=True, backend=counter
+    )
+    x = tame(8, 8)
+    for step in (7, 8, 2**32 - 1):
+        assert torch.equal(call(x, step), quantize(x, "e4m3", rounding="stochastic", key=(1, step, 2)))
+    assert counter.frame_count > 1
 
 
 def in_a_row(rounded, x):
