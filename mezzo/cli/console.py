@@ -47,7 +47,7 @@ def describe(info: Record) -> str:
         f"{info['tokens'] / info['parameters']:.1f} for each parameter\n"
         f"policy    {info['policy']}   ({routes} on {info['device']})\n"
         f"text      {text}\n"
-        f"run       {info['run']}"
+        f"run       {info['run']}" + "".join(f"\nadvice    {advice}" for advice in info["advice"])
     )
 
 

@@ -14,6 +14,7 @@ from mezzo import hardware
 from mezzo.errors import ConfigError, NonfiniteError
 from mezzo.policy import LossScaling, Policy
 from mezzo.policy.site import ROOT
+from mezzo.torch.advice import advise, operands
 from mezzo.torch.clip import Clipping, norms
 from mezzo.torch.compact import Compact
 from mezzo.torch.intercept import Seen, attach, detach, refuse_attached
@@ -261,6 +262,17 @@ class Precision:
         if not self._seen:
             raise ConfigError("no forward pass seen yet: run the model once, or give example inputs to sites()")
         return rows(self.model, self.mode, self._seen.values())
+
+    def advice(self, *example: Any, **kwargs: Any) -> list[str]:
+        """What to know before training: formats and shapes that train badly or slowly, each with a remedy.
+
+        example   as for `sites`
+        raises    ConfigError as `sites`; also where training would: a Hadamard block that does not divide an axis
+        """
+        self.sites(*example, **kwargs)
+        fixed = [name.rpartition(".")[0] or ROOT for name, p in self.model.named_parameters() if not p.requires_grad]
+        found = operands(self._seen.values(), self.mode.table, fixed)
+        return advise(found, device=self.device.type, loss_scaling=self.policy.loss_scaling is not None)
 
     @contextmanager
     def tap(self, listener: Tap) -> Iterator[None]:

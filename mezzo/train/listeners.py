@@ -21,7 +21,7 @@ class Listener:
     """
 
     def started(self, info: Record) -> None:
-        """Once, before the first step: steps, first_step, parameters, policy, device, route, …"""
+        """Once, before the first step: steps, first_step, parameters, policy, device, routes, advice, …"""
 
     def record(self, record: Record) -> None:
         """After each step, in order; on a GPU one step late."""

@@ -37,6 +37,7 @@ from mezzo.train.checkpoint import (
 from mezzo.train.config import Config
 from mezzo.train.listeners import Listener, Listeners, Record, RunLog, TensorBoard
 from mezzo.train.loop import Loop, evaluate
+from mezzo.train.preview import preview
 from mezzo.train.rundir import RunDir
 from mezzo.train.saver import BackgroundSaver, save
 from mezzo.train.schedule import learning_rate
@@ -109,6 +110,7 @@ class Session:
             corpus.train, batch=t.batch, seq_len=self.shape.seq_len, seed=t.seed, vocab_size=corpus.tokenizer.vocab_size
         )
         self.valid()  # a split shorter than a sequence is an error now, not at the first evaluation
+        self.advice = preview(config, self.device).advice()  # what cannot train is an error before anything is made
         self.peak_flops = hardware.measure_peak(self.device.type)
         memory.reset_peak(self.device)
         self.resting = memory.in_use(self.device)
@@ -359,6 +361,7 @@ class Session:
             "valid_tokens": len(self.corpus.valid),
             "invalid_utf8": self.corpus.manifest["invalid_utf8"],
             "skipped_files": self.corpus.manifest["skipped"],
+            "advice": self.advice,
         }
 
     @contextmanager

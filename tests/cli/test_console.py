@@ -16,6 +16,7 @@ INFO: dict[str, Any] = {
     "run": "runs/a", "steps": 1000, "first_step": 0, "parameters": 1234567, "tokens": 8_000_000, "policy": "bf16",
     "device": "cpu", "routes": {"bfloat16": "emulated", "float32": "native"}, "corpus": "ab" * 32,
     "train_tokens": 2_000_000, "valid_tokens": 100_000, "invalid_utf8": 0, "skipped_files": [],
+    "advice": ["head:fprop.a: one", "two"],
 }  # fmt: skip
 
 
@@ -44,20 +45,22 @@ def test_times_and_sizes_are_written_for_people() -> None:
     ]  # fmt: skip
 
 
-def test_the_lines_before_the_first_step_say_model_training_policy_text_and_run() -> None:
+def test_the_lines_before_the_first_step_say_model_training_policy_text_run_and_advice() -> None:
     assert describe(INFO).splitlines() == [
         "model     1,234,567 parameters",
         "training  1,000 steps, 8,000,000 tokens: 4.0 times the text, 6.5 for each parameter",
         "policy    bf16   (bfloat16 emulated, float32 native on cpu)",
         "text      2,000,000 tokens to train on, 100,000 held out; SHA-256 abababababababab…",
         "run       runs/a",
+        "advice    head:fprop.a: one",
+        "advice    two",
     ]
 
 
 def test_in_a_file_each_evaluation_is_a_line_and_nothing_moves_the_cursor() -> None:
     text = shown(False, record(1), record(2, val_loss=3.25), record(3))
     assert "\x1b" not in text
-    assert text.splitlines()[5:] == [
+    assert text.splitlines()[7:] == [
         "step    2/1000  loss 2.5000  val 3.2500  12,346 tok/s  mfu 42%  300 MiB  0:00 left",
         "saved runs/a/checkpoints/step-000003",
     ]

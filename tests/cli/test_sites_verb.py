@@ -68,3 +68,24 @@ def test_what_cannot_be_shown_is_one_clear_error(mezzo: Mezzo, config: str, tmp_
     assert done.err.startswith("mezzo: error: the rule 'nowhere:*=float32' matches nothing in this model")
     (tmp_path / "folder").mkdir()
     assert mezzo("sites", "folder").err.startswith("mezzo: error: folder is not a run")
+
+
+def test_advice_stands_below_the_table_and_not_in_the_json(mezzo: Mezzo, config: str) -> None:
+    policy = "fp32; head:input=mxfp8; blocks.*.up:grad_output=int8; *.qkv:fprop.b=e4m3@1x24"
+    done = mezzo("sites", config, "--policy", policy)
+    assert (done.code, done.err) == (0, "")
+    table, *advice = done.out.split("\n\n")
+    assert table.startswith("site ")
+    assert [text.partition(": ")[0] for text in advice] == [
+        "blocks.0.attn.qkv:fprop.b", "blocks.0.mlp.up:dgrad.a, blocks.0.mlp.up:wgrad.a", "emulated on this CPU",
+    ]  # fmt: skip
+    assert isinstance(json.loads(mezzo("sites", config, "--policy", policy, "--json").out), list)
+    assert "\n\n" not in mezzo("sites", config, "--policy", "fp32").out
+
+
+def test_what_training_would_refuse_is_refused_below_the_table(mezzo: Mezzo, config: str) -> None:
+    done = mezzo("sites", config, "--policy", "bf16; *:wgrad.?=bf16 hadamard=256")
+    assert done.code == 1
+    assert "blocks.0.attn.qkv:fprop.a" in done.out
+    assert done.err.startswith("mezzo: error: blocks.0.attn.qkv:wgrad.a=bfloat16 hadamard=256: blocks of 256 for the")
+    assert "the 64 rows" in done.err

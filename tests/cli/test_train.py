@@ -31,7 +31,7 @@ def test_a_run_from_a_config_prints_what_it_does_and_what_to_type_next(mezzo: Me
     settings = [f"--set={key}" for key in ("data.cache=c", "train.eval_every=2", "train.sample_every=4")]
     done = mezzo("train", config, "--out", "runs/first", *settings)
     assert (done.code, done.err) == (0, "")
-    lines = done.out.splitlines()
+    lines = [line for line in done.out.splitlines() if not line.startswith("advice")]  # where bf16 is emulated
     patterns = [
         r"reading text …",
         r"training the tokenizer …",
@@ -50,6 +50,27 @@ def test_a_run_from_a_config_prints_what_it_does_and_what_to_type_next(mezzo: Me
     assert len(lines) == len(patterns), done.out
     for line, pattern in zip(lines, patterns, strict=True):
         assert re.fullmatch(pattern, line), f"{line!r} is not {pattern!r}"
+
+
+def test_advice_is_printed_once_before_the_first_step(mezzo: Mezzo, config: str) -> None:
+    done = mezzo("train", config, "--policy", "fp32; head:grad_output=int8@row", "--out", "run")
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    at = [i for i, line in enumerate(lines) if line.startswith("advice ")]
+    assert [lines[i].split(": ")[0] for i in at] == [
+        "advice    head:dgrad.a, head:wgrad.a",
+        "advice    emulated on this CPU",
+    ]
+    assert lines[at[0] - 1] == "run       run"
+    assert lines[at[-1] + 1].startswith("step ")
+
+
+def test_a_policy_that_cannot_train_is_refused_and_leaves_no_run(mezzo: Mezzo, config: str) -> None:
+    """The batch's 64 rows are known before the first step; nothing is left that would be in the way of a better try."""
+    policy = "bf16; *:wgrad.?=bf16 hadamard=256"
+    refused(mezzo("train", config, "--policy", policy, "--out", "run"), "blocks of 256 .* do not divide the 64 rows")
+    assert not Path("run/config.toml").exists()
+    assert mezzo("train", config, "--policy", policy, "--out", "run", "--set", "train.batch=8").code == 0
 
 
 def test_a_second_run_on_the_same_text_takes_the_tokens_of_the_first(mezzo: Mezzo, config: str) -> None:

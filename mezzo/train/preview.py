@@ -1,0 +1,26 @@
+"""A config's model without its weights: what every site would be, before anything is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mezzo import hardware
+from mezzo.models.gpt_torch import GPT
+from mezzo.torch import Precision
+from mezzo.train.config import Config
+
+
+def preview(config: Config, device: torch.device, policy: str | None = None) -> Precision:
+    """A Precision that has seen one forward pass of a batch, made of tensors without data: ask it for sites and advice.
+
+    policy    another policy than the config's
+    raises    ConfigError if the policy cannot be carried out on this model
+    """
+    shape = config.model.resolve()
+    hardware.measure(device.type)  # with real tensors: nothing can be timed below
+    with FakeTensorMode(), device:  # tensors that have a shape and a device but no data: any model fits
+        precision = Precision(GPT(shape), None, policy or config.resolved_policy())
+        idx = torch.zeros(config.train.batch, shape.seq_len, dtype=torch.int64)
+        precision.sites(idx, idx)
+    return precision
