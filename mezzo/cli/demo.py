@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mezzo.train.session import Session
 
 FORMATS = ("bfloat16", "e4m3@tensor", "mxfp8", "nvfp4", "mxfp4")  # what the trained model is also evaluated in
+RECIPES = ("bf16", "fp8", "mxfp8", "nvfp4", "mxfp4")  # whose gradients are compared with float32's
 SECONDS = 110.0  # for the two arms trained side by side
 
 
@@ -55,12 +56,13 @@ def demo(seconds: float) -> None:
     sample = session.sample("def ", tokens=80)
     _formats(session, console)
     _loss_scaling(session, console)
+    _recipes(session, console)
     console.print("\na sample of what the model writes after this little training:")
     console.print(sample, markup=False)
     console.print(f"\nthe run is {path}; {time.perf_counter() - begin:.0f} s in all. Worth typing next:")
     console.print(f'  .venv/bin/mezzo generate {path} --prompt "class Point"')
     console.print(f"  .venv/bin/mezzo sites {path}")
-    console.print("  .venv/bin/mezzo formats nvfp4")
+    console.print("  .venv/bin/mezzo recipes nvfp4")
     console.print("  .venv/bin/mezzo probe")
     console.print('  .venv/bin/mezzo train --data YOUR_TEXTS --policy "bf16; head:*=float32"', markup=False)
 
@@ -217,4 +219,27 @@ def _loss_scaling(session: Session, console: Console) -> None:
     console.print(
         f"\nfloat16: of the gradient values that float32 has, {unscaled:.2%} become zero without loss scaling, "
         f"{scaled:.2%} with it\n         (what reaches each product, 3 batches at the trained weights)"
+    )
+
+
+def _recipes(session: Session, console: Console) -> None:
+    """How far each recipe turns the gradient of one batch, on the model just trained."""
+    import torch
+
+    from mezzo.torch import Precision
+
+    x, y = (torch.from_numpy(a).to(session.device) for a in session.batches.batch_at(0))
+    gradients = {}
+    for policy in ("fp32", *RECIPES):
+        precision = Precision(session.model, None, policy)
+        precision.backward(session.model(x, y))
+        gradients[policy] = torch.cat([p.grad.flatten() for p in session.model.parameters() if p.grad is not None])
+        session.model.zero_grad()
+        precision.remove()
+    cosines = "  ".join(
+        f"{policy} {torch.nn.functional.cosine_similarity(gradients['fp32'], gradients[policy], dim=0):.4f}"
+        for policy in RECIPES
+    )
+    console.print(
+        f"recipes: cosine of a batch's whole gradient with float32's, at the trained weights\n  {cosines}"
     )
