@@ -81,9 +81,10 @@ def to_bfloat16(x: Tensor, rounding: Rounding, words: Words | None) -> Tensor:
 
 def _lift(x: Tensor, y: Tensor, fmt: ScaledFormat) -> Tensor:
     """`y`, which is x rounded, with the block's smallest positive value where a positive number became zero."""
-    if not x.numel():
+    lost = (x > 0) & (y == 0)
+    if not x.numel() or (x.device.type == "cpu" and not lost.any()):  # elsewhere the question would wait for the device
         return y
     groups = Groups(tuple(x.shape), fmt, -1)
     least = group_scales(groups, divide(groups, x), fmt, None).scales * fmt.element.min_subnormal
     smallest = join(groups, least.expand(-1, -1, groups.rows, -1, groups.columns))
-    return torch.where((x > 0) & (y == 0), smallest, y)
+    return torch.where(lost, smallest, y)
