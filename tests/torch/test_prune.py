@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pruned import OPTIMIZERS, PRUNED, Net, make, share, train, zeros
 from torch import nn
 
 from mezzo.errors import ConfigError
@@ -14,52 +15,6 @@ from mezzo.torch import Precision, Pruner
 from mezzo.torch.prune import EXCLUDE
 
 pytestmark = pytest.mark.usefixtures("slow_16_bits")
-OPTIMIZERS = {
-    "fused AdamW": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1, fused=True),
-    "plain AdamW": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
-    "SGD with momentum": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9, weight_decay=0.1),
-}
-PRUNED = ["up.weight", "down.weight"]
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.tokens = nn.Embedding(11, 8)
-        self.norm = nn.LayerNorm([3, 8])  # its weight has two axes
-        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
-        self.head = nn.Linear(8, 11)
-
-    def forward(self, ids):
-        return self.head(self.down(F.gelu(self.up(self.norm(self.tokens(ids))))))
-
-
-def make(policy="fp32", optimizer="fused AdamW", precision=None, **how):
-    torch.manual_seed(0)
-    model = Net()
-    optimizer = OPTIMIZERS[optimizer](model.parameters())
-    pruner = Pruner(model, **how)
-    return model, optimizer, pruner, Precision(model, optimizer, policy, pruner=pruner, **(precision or {}))
-
-
-def train(model, precision, steps=1, start=0, spoil=lambda step: None):
-    last = None
-    for i in range(start, start + steps):
-        g = torch.Generator().manual_seed(i)
-        x, y = torch.randint(0, 11, (4, 3), generator=g), torch.randint(0, 11, (4, 3), generator=g)
-        precision.backward(F.cross_entropy(model(x).flatten(0, 1), y.flatten()))
-        spoil(i)
-        last = precision.step()
-    return last
-
-
-def zeros(model, names=PRUNED):
-    return {name: model.get_parameter(name).detach() == 0 for name in names}
-
-
-def share(model, names=PRUNED):
-    found = zeros(model, names).values()
-    return sum(int(z.sum()) for z in found) / sum(z.numel() for z in found)
 
 
 def smallest_by_numpy(weight, count):
@@ -386,50 +341,3 @@ def test_another_kind_of_pruning_opens_no_mask_that_was_loaded():
         assert (before.masks[name] <= mask).all()
         assert (mask.view(-1, 4).sum(1) >= 2).all()
         assert (mask.view(-1, 4).sum(1) > 2).any()
-
-
-# --- what is refused ---
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ({"kind": "4:8"}, "kind is one of 'magnitude', '2:4', got '4:8'"),
-        ({"scope": "model"}, "scope is one of 'layer', 'global', got 'model'"),
-        ({"sparsity": 0.0}, "sparsity is a share between 0 and 1, both left out; got 0.0"),
-        ({"sparsity": 1.0}, "sparsity is a share between 0 and 1, both left out; got 1.0"),
-        ({"sparsity": float("nan")}, "sparsity is a share between 0 and 1, both left out; got nan"),
-        ({"kind": "2:4", "sparsity": 0.75}, "2:4 keeps two of every four weights: its sparsity is 0.5, not 0.75"),
-        ({"begin": 9, "end": 8}, "pruning begins at step 9 and ends before it, at step 8; give begin ≤ end"),
-        ({"begin": -1}, "begin is a step from 0 on and every at least 1, got begin=-1, every=1"),
-        ({"every": 0}, "begin is a step from 0 on and every at least 1, got begin=0, every=0"),
-        (
-            {"include": "upp.*"},
-            "nothing to prune: include='upp.*' without '*head.*', '*classifier.*' matches no weight; weights of two "
-            "axes or more, embeddings and norms left out: up.weight, down.weight, head.weight",
-        ),
-        ({"include": "tokens.*"}, "nothing to prune: include='tokens.*'"),
-        ({"exclude": "haed.*"}, "exclude: 'haed.*' matches nothing that could be pruned; weights of two axes or more"),
-    ],
-)
-def test_what_cannot_be_is_refused_with_what_to_do(how, message):
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        Pruner(Net(), **how)
-
-
-def test_2_to_4_names_the_layer_whose_input_size_is_no_multiple_of_4():
-    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8))
-    message = (
-        "2:4 takes weights whose input size is a multiple of 4; 1.weight (8, 6) has 6 inputs: change the layer's input "
-        "size, or leave it out with exclude=(*EXCLUDE, '1.weight')"
-    )
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        Pruner(model, "2:4")
-    assert Pruner(model, "2:4", exclude=(*EXCLUDE, "1.weight")).names == ["0.weight"]
-
-
-def test_a_pruner_of_another_model_is_refused():
-    model = Net()
-    with pytest.raises(ConfigError, match="the pruner is of another model; make it with Pruner"):
-        Precision(model, None, "fp32", pruner=Pruner(Net()))
-    assert "forward" not in model.head.__dict__
