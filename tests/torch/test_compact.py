@@ -106,6 +106,24 @@ def test_split_weights_are_those_of_float32_masters_to_the_bit(name, chunk, monk
     assert [group["params"] for group in optimizer.param_groups] == [[*model.parameters()]]
 
 
+@pytest.mark.parametrize("policy", ["bf16-pure-split", EIGHT])
+def test_gradients_are_unscaled_and_clipped_alike_by_fused_and_other_optimizers(policy):
+    weights = []
+    for name in ("fused SGD", "plain SGD"):
+        model, _, precision = make(f"{policy}; loss_scale=1024", name, max_norm=0.5)
+        for i in range(3):
+            before = [_load(p, precision.compact.slots[p]).clone() for p in model.parameters()]
+            give(model, i, 1024.0)
+            assert float(precision.step().grad_norm) > 50
+            after = [_load(p, precision.compact.slots[p]) for p in model.parameters()]
+            if i == 0:  # lr 0.01 times a gradient of norm 0.5; float32 rounds each of 6,000 weights below 1 by 2^-25
+                moved = math.sqrt(sum(float((b - a).square().sum()) for a, b in zip(before, after, strict=True)))
+                assert moved == pytest.approx(0.005, abs=math.sqrt(6500) * 2.0**-24)
+        weights.append(after)
+    for a, b in zip(*weights, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_both_halves_are_the_float32_number_for_every_upper_half_and_the_lower_ones_at_the_edges():
     high = torch.arange(-(1 << 15), 1 << 15).repeat_interleave(6)
     low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]).repeat(1 << 16)
