@@ -21,7 +21,6 @@ from mezzo.torch.intercept import Seen, attach, detach, refuse_attached
 from mezzo.torch.products import float32_kernels
 from mezzo.torch.prune import Pruner
 from mezzo.torch.rounding import carrier
-from mezzo.torch.scaler import LossScaler
 from mezzo.torch.scales import Scales
 from mezzo.torch.sites import SiteRow, rows
 from mezzo.torch.step import Step
@@ -84,7 +83,7 @@ class Precision:
         self.hooks = Hooks(watching=self._always_watches)
         self.hardware = hardware.measure(self.device.type)
         self._tables: dict[str, Table] = {}
-        self.scales = Scales(seed, self.device)
+        self.scales = Scales(seed, self.device, self.policy.loss_scaling)
         refuse_attached(model)
         table = self._table(self.policy)
         self.compact = Compact(model, table, self.optimizers, seed)
@@ -92,7 +91,6 @@ class Precision:
         self.mode = attach(model, table)
         self.mode.recording = {}
         self._seen: dict[tuple[str, str], Seen] = self.mode.recording
-        self.scaler = LossScaler(self.policy.loss_scaling, self.device)
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.last: Step | None = None
         self.steps = self.skipped = self.bad_run = 0
@@ -115,7 +113,7 @@ class Precision:
         # Convolutions and einsum are differentiated by torch, whose kernels read this switch now, not in forward.
         tf32 = any(rule.fmt.name == "tf32" for rule in self.policy.all_rules())
         with float32_kernels("tf32" if tf32 else "float32", self.device):
-            loss.mul(self.scaler.scale).backward()
+            loss.mul(self.scales.loss.scale).backward()
         self.scales.draws += 1
 
     def step(self) -> Step:
@@ -137,18 +135,17 @@ class Precision:
         if self.pruner is not None:
             self.pruner.mask_gradients()
         each, total = norms(grads)
-        scale = self.scaler.scale
+        scale = self.scales.loss.scale
         overflow = ~torch.isfinite(total)
         grad_norm = total.float() / scale
         self._update(self.clipping.divisor(grads, owned, scale, grad_norm), overflow)
         if self.pruner is not None:
             self.pruner.move(overflow, {p: s.remainder for p, s in self.compact.slots.items()})
         self._roll_back_buffers(overflow)
-        self.scaler.update(overflow)
         self.scales.step(overflow)
         self.steps += 1
         names = [self.names.get(id(p), "a parameter outside of the model") for p in owned]
-        self.last = Step(self.steps, overflow, grad_norm, scale, self.scaler.state.at_floor,
+        self.last = Step(self.steps, overflow, grad_norm, scale, self.scales.loss.state.at_floor,
                          tuple(self.hooks.nonfinite), tuple(zip(names, each, strict=True)),
                          sparsity=None if self.pruner is None else self.pruner.sparsity)  # fmt: skip
         self.hooks.nonfinite = []
@@ -300,11 +297,10 @@ class Precision:
         counts = {"steps": self.steps, "skipped": self.skipped, "bad_run": self.bad_run}
         own = {name: torch.tensor(n) for name, n in counts.items()}
         pruned = {} if self.pruner is None else self.pruner.state_dict()
-        return self.scaler.state_dict() | self.scales.state_dict() | self.compact.state_dict() | pruned | own
+        return self.scales.state_dict() | self.compact.state_dict() | pruned | own
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave, after the model's own state was loaded."""
-        self.scaler.load_state_dict(state)
         self.scales.load_state_dict(state)
         self.steps, self.skipped, self.bad_run = (int(state[key]) for key in ("steps", "skipped", "bad_run"))
         self.last = None

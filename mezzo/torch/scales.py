@@ -1,9 +1,9 @@
-"""What the roundings of a policy remember on the device: the counter behind stochastic rounding, and delayed scales.
+"""The scale controller: the loss scale, delayed tensor scales, and the counter behind stochastic rounding.
 
     products ──► note(row, amax) ──► seen          largest magnitude since the last step
     step()   ──► history (rows, steps)  ──► wanted  the scale of each site for the next step
 
-Nothing here waits for the device. The transitions are those of `mezzo/policy/amax.py`.
+Nothing here waits for the device. The transitions are those of `mezzo/policy/scale.py` and `mezzo/policy/amax.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mezzo.formats import AnyFormat
-from mezzo.policy import Site, Spec, amax
+from mezzo.policy import LossScaling, Site, Spec, amax
+from mezzo.torch.scaler import LossScaler
 
 
 @dataclass
@@ -28,16 +29,18 @@ class Row:
 
 
 class Scales:
-    """State of stochastic rounding and of delayed scaling, for all sites of one model.
+    """State of loss scaling, of delayed scaling and of stochastic rounding, for all sites of one model.
 
+    loss     the loss scale
     seed     of the random words
     draws    0-d int64: how often gradients were computed so far; the step in the words' key, so that each backward pass
              draws anew and a recomputed forward pass draws the same
     training whether the model runs forward with gradients: only then does the amax of forward operands count
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, device: torch.device, loss_scaling: LossScaling | None = None) -> None:
         self.seed, self.device = seed, device
+        self.loss = LossScaler(loss_scaling, device)
         self.draws = torch.zeros((), dtype=torch.int64, device=device)
         self.training = True
         self.rows: dict[str, Row] = {}
@@ -73,7 +76,8 @@ class Scales:
         return torch.ops.mezzo.delayed_scale(x, self.seen, self.wanted, row.index, note, top)  # type: ignore[no-any-return]
 
     def step(self, skipped: Tensor) -> None:
-        """Remember what was seen since the last step; a skipped step leaves no trace."""
+        """Move the loss scale, and remember the amax seen since the last step, unless it was skipped."""
+        self.loss.update(skipped)
         if self.rows:
             history = amax.remember(self.history, self.seen, torch)
             self.history.copy_(torch.where(skipped, self.history, history))
@@ -93,10 +97,11 @@ class Scales:
 
     def state_dict(self) -> dict[str, Tensor]:
         found = {f"amax.{site}": self.history[row.index, : row.steps].clone() for site, row in self.rows.items()}
-        return found | {"draws": self.draws.clone()}
+        return self.loss.state_dict() | found | {"draws": self.draws.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave; a site that it does not name begins anew."""
+        self.loss.load_state_dict(state)
         self.draws.copy_(state.get("draws", torch.zeros((), dtype=torch.int64)))
         self.history.zero_()
         for site, row in self.rows.items():

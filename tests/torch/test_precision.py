@@ -514,10 +514,10 @@ def test_state_survives_a_restart_to_the_bit():
 def test_the_loss_scales_controller_is_restored_whole():
     _, _, precision = make("fp16; loss_scale.init=2; loss_scale.hysteresis=3; loss_scale.growth_interval=9")
     for overflow in (False, False, True, True, True, True, True):
-        precision.scaler.update(torch.tensor(overflow))
+        precision.scales.loss.update(torch.tensor(overflow))
     state = precision.state_dict()
     assert [int(state[key]) for key in ("scale", "good", "bad", "at_floor")] == [1, 0, 2, 2]
-    precision.scaler.update(torch.tensor(False))
+    precision.scales.loss.update(torch.tensor(False))
     _, _, again = make("fp16; loss_scale.init=2; loss_scale.hysteresis=3; loss_scale.growth_interval=9")
     again.load_state_dict(state)
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in state.items())

@@ -84,7 +84,7 @@ def test_a_skipped_step_leaves_weights_moments_and_buffers_as_they_were_to_the_b
     assert step.skipped_now()
     assert equal(snapshot(model, optimizer), before)
     assert all(p.grad is None for p in model.parameters())
-    assert float(precision.scaler.scale) == (2.0**15 if policy == "fp16" else 1.0)
+    assert float(precision.scales.loss.scale) == (2.0**15 if policy == "fp16" else 1.0)
     model.fault = (1.0, 1.0)
     assert not one(model, precision).skipped_now()
     after, _ = snapshot(model, optimizer)
@@ -255,7 +255,7 @@ def test_fp16_finds_its_scale_by_itself_when_it_starts_too_high():
     assert skipped[0]
     assert not any(skipped[-5:])
     assert skipped == sorted(skipped, reverse=True)  # once it has come down it stays
-    assert float(precision.scaler.scale) == 2.0 ** (24 - sum(skipped))
+    assert float(precision.scales.loss.scale) == 2.0 ** (24 - sum(skipped))
 
 
 def test_loss_scaling_saves_gradients_from_underflow():
