@@ -240,6 +240,4 @@ def _recipes(session: Session, console: Console) -> None:
         f"{policy} {torch.nn.functional.cosine_similarity(gradients['fp32'], gradients[policy], dim=0):.4f}"
         for policy in RECIPES
     )
-    console.print(
-        f"recipes: cosine of a batch's whole gradient with float32's, at the trained weights\n  {cosines}"
-    )
+    console.print(f"recipes: cosine of a batch's whole gradient with float32's, at the trained weights\n  {cosines}")
