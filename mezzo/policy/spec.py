@@ -70,7 +70,7 @@ class Spec:
                 field, given = "rounding", key
             elif key in ("kahan", "split") and not equals:
                 field, given = "keep", key
-            elif key in ("hadamard", "delayed") and (not equals or value.isdecimal()):
+            elif key in ("hadamard", "delayed") and (not equals or (value.isdecimal() and int(value))):
                 usual = HADAMARD if key == "hadamard" else HISTORY
                 field, given = key, int(value) if equals else usual  # type: ignore[assignment]
             else:

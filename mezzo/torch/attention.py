@@ -3,7 +3,7 @@
 Three algorithms, chosen by table and machine:
     native      operands in their format go to torch's own kernel (its own rounding of the probabilities)
     flash       CPU: operands rounded, float32 flash attention (probabilities stay float32), result rounded once;
-                what is kept for the backward pass is 16 bits wide
+                what is kept for the backward pass is the rounded operands
     explicit    where a rule speaks of fprop.probs: two products with a float32 softmax between them, the
                 probabilities rounded as the rule says
 """
@@ -193,6 +193,6 @@ def _explicit_specs(spec: SiteSpec) -> tuple[SiteSpec, SiteSpec]:
         "wgrad.a": f["dgrad.dout"], "wgrad.b": f["fprop.probs"], "wgrad.out": f["dgrad.value"],
     }  # fmt: skip
     return (
-        SiteSpec(spec.path, spec.call, scores, spec.native, spec.hooks, spec.scales, _SHOWN_SCORES),
-        SiteSpec(spec.path, spec.call, out, spec.native, spec.hooks, spec.scales, _SHOWN_OUT),
+        SiteSpec(spec.path, spec.call, scores, spec.native, spec.hooks, spec.scales, _SHOWN_SCORES, "scores"),
+        SiteSpec(spec.path, spec.call, out, spec.native, spec.hooks, spec.scales, _SHOWN_OUT, "result"),
     )

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from mezzo.formats import ScaledFormat
 from mezzo.formats.blocks import MIN_SCALE, max_scale
-from mezzo.formats.spec import E4M3
+from mezzo.formats.spec import E4M3, E5M2
 from mezzo.hardware import FLOAT8, scaled_product
 from mezzo.policy import Spec
 from mezzo.torch.pack import CONTAINERS
@@ -30,9 +30,13 @@ STEP = 16  # the matrix units take multiples of it
 
 def fits(spec: SiteSpec) -> bool:
     """Whether all three products of a linear layer can take this route on the machine of `spec`."""
-    return "float8" in spec.native and all(
-        all(map(_is_float8, pair)) and any(one.fmt.element is E4M3 for one in pair)  # type: ignore[union-attr]
-        for pair in ([spec.specs[role] for role in pair] for pair in PAIRS)
+    return (
+        "float8" in spec.native
+        and spec.acc is torch.float32
+        and all(
+            all(map(_is_float8, pair)) and any(one.fmt.element is E4M3 for one in pair)  # type: ignore[union-attr]
+            for pair in ([spec.specs[role] for role in pair] for pair in PAIRS)
+        )
     )
 
 
@@ -42,21 +46,34 @@ def _is_float8(spec: Spec) -> bool:
 
 def encode(spec: SiteSpec, role: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes in the element's own dtype, and the scale, 0-d float32: `quantize` of `x` is their product."""
-    site_spec = spec.specs[role]
-    fmt = site_spec.fmt
+    fmt = spec.specs[role].fmt
     assert isinstance(fmt, ScaledFormat)
-    top = fmt.element.max
+    given = spec.delayed_scale(role, x) if spec.specs[role].delayed else None
+    codes, scale = torch.ops.mezzo.float8_codes(x, fmt.element is E4M3, given)
+    _tell(spec, role, x, codes, scale)
+    return codes, scale
+
+
+# An operator, since Inductor would make another division of this one.
+@torch.library.custom_op("mezzo::float8_codes", mutates_args=())
+def _codes(x: Tensor, e4m3: bool, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    element = E4M3 if e4m3 else E5M2
+    top = element.max
     wide = x.float()
-    if site_spec.delayed:
-        scale = spec.delayed_scale(role, x)
+    if given is not None:
+        scale = given.clone()  # a result may not be an argument
         wide = torch.where(torch.isfinite(wide), wide, torch.nan)
     else:
         amax = wide.abs().amax() if x.numel() else wide.new_zeros(())
         scale = (amax / torch.full_like(amax, top)).clamp(MIN_SCALE, max_scale(top))
         scale = torch.where(torch.isfinite(amax), scale, torch.nan)
-    codes = (wide / scale).clamp_(-top, top).to(CONTAINERS[fmt.element])
-    _tell(spec, role, x, codes, scale)
-    return codes, scale
+    return (wide / scale).clamp_(-top, top).to(CONTAINERS[element]), scale
+
+
+@_codes.register_fake
+def _(x: Tensor, e4m3: bool, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    codes = torch.empty_like(x, dtype=CONTAINERS[E4M3 if e4m3 else E5M2])
+    return codes, x.new_empty((), dtype=torch.float32)
 
 
 def _tell(spec: SiteSpec, role: str, x: Tensor, codes: Tensor, scale: Tensor) -> None:

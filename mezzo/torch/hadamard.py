@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,18 @@ from mezzo.formats.hadamard import check_block, signs
 def _signs(block: int, seed: int) -> tuple[float, ...]:
     # Dynamo cannot trace the hash and the integers behind the signs, which are constants of the graph.
     return tuple(signs(block, seed).tolist())
+
+
+def _flip(block: int, seed: int, dtype: torch.dtype, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or type(x) is not Tensor:  # a fake tensor, kept, would outlive its mode
+        return torch.tensor(_signs(block, seed), dtype=dtype, device=x.device)
+    return _kept_flip(block, seed, dtype, x.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_flip(block: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: a copy from the host at each rounding would wait for the device."""
+    return torch.tensor(_signs(block, seed), dtype=dtype, device=device)
 
 
 def hadamard(x: Tensor, *, axis: int = -1, block: int = 16, seed: int = 0, inverse: bool = False) -> Tensor:
@@ -28,7 +42,7 @@ def hadamard(x: Tensor, *, axis: int = -1, block: int = 16, seed: int = 0, inver
     check_block(block, moved.shape[-1])
     work = torch.float64 if x.dtype is torch.float64 else torch.float32
     y = moved.to(work).reshape(-1, block)
-    flip = torch.tensor(_signs(block, seed), dtype=work, device=x.device)
+    flip = _flip(block, seed, work, x)
     if not inverse:
         y = y * flip
     half = 1

@@ -22,7 +22,9 @@ from mezzo.torch.pack import CONTAINERS, pack, unpack
 from mezzo.torch.quantize import quantize
 
 WIDE = ("float32", "float64")
-NEVER_ZERO = ("exp_avg_sq", "max_exp_avg_sq")  # an update is m / (sqrt(v) + eps): a v that became zero explodes it
+# What torch's optimizers divide an update by (Adam and its kin, Adamax, Adagrad, RMSprop, Adadelta): one that became
+# zero would make the update explode.
+NEVER_ZERO = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "sum", "square_avg")
 Words = tuple[int, int, str]  # seed, step, site
 
 

@@ -64,11 +64,12 @@ def _pack(x: Tensor, y: Tensor, fmt: AnyFormat, axis: int, given: Tensor | None)
         return none.clone(), none, none
     groups = Groups(tuple(y.shape), fmt, axis)
     found = group_scales(groups, divide(groups, x.float()), fmt, given)
+    scales = found.scales if given is None else found.scales.clone()  # an operator's result may not be its argument
     # A rounded quotient is within an ulp of float32 of the element, which the conversion below takes to the element.
     divisor = found.scales if found.tensor is None else found.scales * found.tensor
     q = divide(groups, y) / torch.where(divisor == 0, 1.0, divisor)
     tensor = none if found.tensor is None else found.tensor
-    return _codes(q, fmt, given is not None), _scale_codes(found.scales, fmt), tensor
+    return _codes(q, fmt, given is not None), _scale_codes(scales, fmt), tensor
 
 
 def _codes(q: Tensor, fmt: ScaledFormat, given: bool) -> Tensor:

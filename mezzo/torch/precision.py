@@ -291,6 +291,7 @@ class Precision:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that must survive a restart besides weights, optimizer and scheduler: tensors, by name.
 
+        Some are those that the next step changes: copy them to keep them in memory.
         Waits for the last step's outcome and moves the scheduler by it: take the scheduler's state after this.
         """
         self._finish_last()
@@ -301,17 +302,19 @@ class Precision:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave, after the model's own state was loaded."""
-        self.scales.load_state_dict(state)
-        self.steps, self.skipped, self.bad_run = (int(state[key]) for key in ("steps", "skipped", "bad_run"))
-        self.last = None
         self.load_lasting(state)
-        self._keep_buffers()
+        self.scales.load_state_dict(state)
+        self.bad_run = int(state["bad_run"])
 
     def load_lasting(self, state: dict[str, Tensor]) -> None:
-        """Restore only what another policy can go on with: what is kept beside weights, moments, masks."""
+        """Restore only what another policy can go on with: all but the loss scale and the run of skipped steps."""
+        self.steps, self.skipped, self.bad_run = int(state["steps"]), int(state["skipped"]), 0
+        self.last = None
+        self.scales.load_lasting(state)
         self.compact.load_state_dict(state, self.steps)
         if self.pruner is not None:
             self.pruner.load_state_dict(state, int(state["steps"] - state["skipped"]))
+        self._keep_buffers()
 
     def remove(self) -> None:
         """Give the model its own forward back, and the optimizers their moments; weights stay as they are."""

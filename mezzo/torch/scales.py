@@ -1,7 +1,7 @@
 """The scale controller: the loss scale, delayed tensor scales, and the counter behind stochastic rounding.
 
-    products ──► note(row, amax) ──► seen          largest magnitude since the last step
-    step()   ──► history (rows, steps)  ──► wanted  the scale of each site for the next step
+    products ──► largest magnitude since the last step ──► seen (rows)
+    step()   ──► history (rows, steps) ──► wanted (rows): the scale of each site for the next step
 
 Nothing here waits for the device. The transitions are those of `mezzo/policy/scale.py` and `mezzo/policy/amax.py`.
 """
@@ -15,21 +15,27 @@ import torch
 from torch import Tensor
 
 from mezzo.formats import AnyFormat
+from mezzo.formats.blocks import MIN_SCALE, max_scale
 from mezzo.policy import LossScaling, Site, Spec, amax
+from mezzo.policy.site import SHORTHANDS
 from mezzo.torch.scaler import LossScaler
+
+PREFIX = "amax."  # of the names in a state_dict
 
 
 @dataclass
-class Row:
-    """One site whose scale is delayed: its place in the tables, its format, and how many steps decide."""
+class Group:
+    """The rows that have one format and one length of history, as an index on the device."""
 
-    index: int
     fmt: AnyFormat
     steps: int
+    at: Tensor
 
 
 class Scales:
     """State of loss scaling, of delayed scaling and of stochastic rounding, for all sites of one model.
+
+    A row of the tables is a site under one spec: another policy that is used for a while has rows of its own.
 
     loss     the loss scale
     seed     of the random words
@@ -43,80 +49,109 @@ class Scales:
         self.loss = LossScaler(loss_scaling, device)
         self.draws = torch.zeros((), dtype=torch.int64, device=device)
         self.training = True
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, int] = {}
+        self.groups: list[Group] = []
+        self._specs: list[Spec] = []
+        self._gradients = torch.zeros(0, dtype=torch.bool, device=device)  # rows whose tensors carry the loss scale
         self.history = torch.zeros(0, 1, device=device)
         self.seen = torch.zeros(0, device=device)
         self.wanted = torch.zeros(0, device=device)
+        self._saved: dict[str, Tensor] = {}  # of a loaded state: rows that may still be asked for
 
     def add(self, sites: Iterable[tuple[Site, Spec]]) -> None:
-        """Make room for sites with delayed scales; those that are there already keep what they remember."""
-        for site, spec in sites:
-            row = self.rows.get(str(site))
-            if row is None:
-                self.rows[str(site)] = Row(len(self.rows), spec.fmt, spec.delayed)
-            elif (row.fmt, row.steps) != (spec.fmt, spec.delayed):
-                self.rows[str(site)] = Row(row.index, spec.fmt, spec.delayed)
-        count = len(self.rows)
-        longest = max([1, *(row.steps for row in self.rows.values())])
-        if self.history.shape != (count, longest):
-            history = torch.zeros(count, longest, device=self.device)
-            history[: self.history.shape[0], : self.history.shape[1]] = self.history
-            self.history = history
-            self.seen, self.wanted = torch.zeros(count, device=self.device), torch.zeros(count, device=self.device)
+        """Make room for sites with delayed scales; those that are there keep what they remember."""
+        before = len(self.rows)
+        new = [(site, spec) for site, spec in sites if row_name(site, spec) not in self.rows]
+        if not new:
+            return
+        for site, spec in new:
+            self.rows.setdefault(row_name(site, spec), len(self.rows))
+            self._specs += [spec] * (len(self.rows) - len(self._specs))
+        count, longest = len(self.rows), max(spec.delayed for spec in self._specs)
+        history = torch.zeros(count, max(longest, self.history.shape[1]), device=self.device)
+        history[:before, : self.history.shape[1]] = self.history
+        more = torch.zeros(count - before, device=self.device)
+        self.history, self.seen, self.wanted = history, torch.cat([self.seen, more]), torch.cat([self.wanted, more])
+        roles = (name.split(" ")[0].rpartition(":")[2] for name in self.rows)
+        gradients = [role in SHORTHANDS["grad_output"] for role in roles]
+        self._gradients = torch.tensor(gradients, device=self.device)
+        alike: dict[tuple[AnyFormat, int], list[int]] = {}
+        for index, spec in enumerate(self._specs):
+            alike.setdefault((spec.fmt, spec.delayed), []).append(index)
+        self.groups = [Group(*key, torch.tensor(at, device=self.device)) for key, at in alike.items()]
+        for name in [*self.rows][before:]:
+            self._recall(name)
         self._decide()
 
     def key(self, site: Site) -> tuple[int, Tensor, str]:
         """(seed, step, site) for the random words of a rounding."""
         return self.seed, self.draws, str(site)
 
-    def scale(self, site: Site, x: Tensor, spec: Spec, note: bool) -> Tensor:
-        """The scale for `x`, 0-d float32: from the steps before; from its own amax where there were none yet."""
-        row = self.rows[str(site)]
+    def scale(self, row: int, x: Tensor, spec: Spec, note: bool) -> Tensor:
+        """The scale for `x`, 0-d float32: from the steps before; from its own amax where there were none yet.
+
+        row     of the tables
+        note    whether the amax of `x` counts for the steps to come
+        """
         top = spec.fmt.element.max  # type: ignore[union-attr]  # Spec lets only scaled formats be delayed
-        return torch.ops.mezzo.delayed_scale(x, self.seen, self.wanted, row.index, note, top)  # type: ignore[no-any-return]
+        return torch.ops.mezzo.delayed_scale(x, self.seen, self.wanted, row, note, top)  # type: ignore[no-any-return]
 
     def step(self, skipped: Tensor) -> None:
         """Move the loss scale, and remember the amax seen since the last step, unless it was skipped."""
+        before = self.loss.scale
         self.loss.update(skipped)
         if self.rows:
-            history = amax.remember(self.history, self.seen, torch)
-            self.history.copy_(torch.where(skipped, self.history, history))
+            history = torch.where(skipped, self.history, amax.remember(self.history, self.seen, torch))
+            # Gradients of the next step carry the new loss scale, and so must what is remembered of them.
+            change = torch.where(self._gradients, self.loss.scale / before, torch.ones_like(self.loss.scale))
+            self.history.copy_(history * change[:, None])
             self.seen.zero_()
             self._decide()
 
     def _decide(self) -> None:
         """The scales for the next step; 0 where nothing was seen yet."""
-        groups: dict[tuple[AnyFormat, int], list[int]] = {}
-        for row in self.rows.values():
-            groups.setdefault((row.fmt, row.steps), []).append(row.index)
-        for (fmt, steps), indices in groups.items():
-            at = torch.tensor(indices, device=self.device)
-            history = self.history[at, :steps]
-            scale = amax.scale(amax.DelayedScaling(steps), history, fmt, torch)
-            self.wanted[at] = torch.where(history.amax(-1) > 0, scale, torch.zeros_like(scale))
+        for group in self.groups:
+            history = self.history[group.at, : group.steps]
+            scale = amax.scale(amax.DelayedScaling(group.steps), history, group.fmt, torch)
+            self.wanted[group.at] = torch.where(history.amax(-1) > 0, scale, torch.zeros_like(scale))
+
+    # --- state ---
 
     def state_dict(self) -> dict[str, Tensor]:
-        found = {f"amax.{site}": self.history[row.index, : row.steps].clone() for site, row in self.rows.items()}
+        found = dict(self._saved)
+        for name, row in self.rows.items():
+            found[PREFIX + name] = self.history[row, : self._specs[row].delayed].clone()
         return self.loss.state_dict() | found | {"draws": self.draws.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave; a site that it does not name begins anew."""
+        """Restore what `state_dict` gave; a site under a spec that it does not name begins anew."""
         self.loss.load_state_dict(state)
+        self.load_lasting(state)
+
+    def load_lasting(self, state: dict[str, Tensor]) -> None:
+        """All but the loss scale, which another policy begins anew."""
         self.draws.copy_(state.get("draws", torch.zeros((), dtype=torch.int64)))
+        self._saved = {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
         self.history.zero_()
-        for site, row in self.rows.items():
-            found = state.get(f"amax.{site}")
-            if found is not None:
-                length = min(len(found), row.steps)
-                self.history[row.index, :length] = found[:length].to(self.device)
         self.seen.zero_()
+        for name in self.rows:
+            self._recall(name)
         self._decide()
+
+    def _recall(self, name: str) -> None:
+        """Put what a loaded state holds of a row into its place."""
+        found = self._saved.pop(PREFIX + name, None)
+        if found is not None:
+            self.history[self.rows[name], : len(found)] = found.to(self.device)
+
+
+def row_name(site: Site, spec: Spec) -> str:
+    """PATH:ROLE FORMAT delayed=STEPS: what a row of the tables is called."""
+    return f"{site} {spec.fmt.name} delayed={spec.delayed}"
 
 
 @torch.library.custom_op("mezzo::delayed_scale", mutates_args=("seen",))
 def _delayed_scale(x: Tensor, seen: Tensor, wanted: Tensor, row: int, note: bool, top: float) -> Tensor:
-    from mezzo.formats.blocks import MIN_SCALE, max_scale
-
     largest = x.abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
     if note:
         # torch.maximum keeps a NaN, and the history then leaves this step out.

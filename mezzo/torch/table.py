@@ -19,7 +19,7 @@ from mezzo.torch.hadamard import hadamard
 from mezzo.torch.pack import pack, packs, unpack
 from mezzo.torch.quantize import quantize
 from mezzo.torch.rounding import CARRIERS, carrier, cast, depends_on_axis, widen
-from mezzo.torch.scales import Scales
+from mezzo.torch.scales import Scales, row_name
 
 Tap = Callable[[Site, Tensor, Tensor], None]
 OUTPUTS = ("fprop.out", "dgrad.out", "wgrad.out", "dgrad.query", "dgrad.key", "dgrad.value")
@@ -59,6 +59,7 @@ class SiteSpec:
     scales    the state of stochastic rounding and of delayed scales
     acc       dtype that emulated products are computed in
     shown     role → the role that listeners are told, where it is part of a larger operation; others are not told
+    part      of that operation: tells its products' random words apart
     """
 
     def __init__(
@@ -70,8 +71,12 @@ class SiteSpec:
         hooks: Hooks,
         scales: Scales,
         shown: dict[str, str] | None = None,
+        part: str = "",
     ) -> None:
+        self.part = part
         self.path, self.call, self.specs, self.hooks, self.scales, self.shown = path, call, specs, hooks, scales, shown
+        # Looked up now: Dynamo cannot write a Site's name.
+        self._rows = {role: scales.rows[row_name(self._site(role), s)] for role, s in specs.items() if s.delayed}
         self.formats = formats = {role: spec.fmt for role, spec in specs.items()}
         self.acc = torch.float64 if any(f.name == "float64" for f in formats.values()) else torch.float32
         self.native = native
@@ -132,12 +137,13 @@ class SiteSpec:
         return x, y.to(carrier(spec.fmt)) if in_carrier else y, scale
 
     def _site(self, role: str) -> Site:
-        return Site(self.path, (self.shown or {}).get(role, role), self.call)
+        """Whose random words and delayed scale a rounding has."""
+        return Site(f"{self.path}.{self.part}" if self.part else self.path, role, self.call)
 
     def delayed_scale(self, role: str, x: Tensor) -> Tensor:
         """The scale that the steps before give `role`; notes the amax of `x` for the steps to come."""
         noted = self.scales.training or not role.startswith("fprop")
-        return self.scales.scale(self._site(role), x, self.specs[role], noted)
+        return self.scales.scale(self._rows[role], x, self.specs[role], noted)
 
     def tell(self, role: str, before: Tensor, after: Tensor) -> None:
         """Hand a rounding to whoever listens."""
@@ -237,13 +243,11 @@ class Table:
     def resolve(self, paths: Iterable[str]) -> None:
         """Look all of `paths` up now: a compiler that met the look-up inside of a model would trace it."""
         calls = {0, *(int(rule.path.partition("#")[2]) for rule in self.rules if rule.by_call)}
-        delayed: dict[Site, Spec] = {}
         for path in paths:
             self.compute(path)
             for call in calls:
-                for one in (self.product(path, call), self.attention(path, call)):
-                    delayed |= {Site(path, role, call): spec for role, spec in one.specs.items() if spec.delayed}
-        self.scales.add(delayed.items())
+                self.product(path, call)
+                self.attention(path, call)
 
     def product(self, path: str, call: int) -> SiteSpec:
         return self._spec(self._products, PRODUCT_ROLES, path, call)
@@ -261,6 +265,8 @@ class Table:
                 if spec is not None or role != "fprop.probs":
                     specs[role] = spec or Spec(FLOAT32)
             _check(path, specs)
+            delayed = [(Site(path, role, key[1]), spec) for role, spec in specs.items() if spec.delayed]
+            self.scales.add(delayed)
             cache[key] = SiteSpec(path, key[1], specs, self.native, self.hooks, self.scales)
         return cache[key]
 
@@ -294,6 +300,12 @@ def _check(path: str, specs: dict[str, Spec]) -> None:
                 f"{path}:{product}: a Hadamard transform of one operand is undone by that of the other, so both need "
                 f"the same block; {product}.a has {blocks[0] or 'none'}, {product}.b has {blocks[1] or 'none'}"
             )
+    delayed = [role for role, spec in specs.items() if spec.delayed]
+    if "fprop.probs" in specs and delayed:
+        raise ConfigError(
+            f"{path}:{delayed[0]}={specs[delayed[0]]}: delayed scales are not for attention whose fprop.probs "
+            "have a rule; drop that rule or the word delayed"
+        )
     for role, spec in specs.items():
         fmt = spec.fmt
         if fmt is E8M0:

@@ -20,6 +20,7 @@ def make_precision(model: nn.Module, optimizer: Optimizer, config: Config) -> Pr
         max_value=t.clip_value or None,
         adaptive=t.clip_adaptive or None,
         pruner=make_pruner(model, config),
+        seed=t.seed,
     )
 
 

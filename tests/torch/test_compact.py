@@ -580,3 +580,29 @@ def test_the_site_table_says_how_weights_are_stored():
     rows = {row.site: (row.format, row.bytes) for row in precision.sites(torch.ones(1, 48))}
     assert rows["up.weight:master"] == ("bfloat16 kahan", 48 * 64 * 2)
     assert rows["down.weight:master"] == ("float32", 48 * 64 * 4)
+
+
+@pytest.mark.parametrize("kind", ["Adamax", "Adagrad", "RMSprop", "RAdam", "NAdam", "AdamW", "Adadelta"])
+def test_no_denominator_of_an_optimizer_becomes_zero(kind):
+    """int8 in blocks of 256 has 127 steps: without a remedy the small ones of a denominator become zero, and an update
+    by lr 1e-3 is some thousand times too large. With it the updates are at most a few times float32's largest."""
+
+    def largest(policy):
+        torch.manual_seed(0)
+        model = nn.Linear(64, 64, bias=False)
+        optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-3)
+        precision = Precision(model, optimizer, policy)
+        g = torch.Generator().manual_seed(1)
+        spread = torch.exp2(torch.randint(-12, 1, (64, 64), generator=g))  # gradients of very different sizes
+        most = 0.0
+        for _ in range(20):
+            before = model.weight.detach().clone()
+            precision.backward((model.weight * spread * torch.randn(64, 64, generator=g)).sum())
+            precision.step()
+            most = max(most, (model.weight.detach() - before).abs().max().item())
+        return most
+
+    if kind == "Adagrad":  # makes its state in its constructor
+        assert largest("fp32; *:state=int8@1x256 stochastic") < 10 * largest("fp32")
+    else:
+        assert largest("fp32; *:state=int8@1x256 stochastic") < 30 * largest("fp32")

@@ -214,7 +214,9 @@ def test_activation_checkpointing_changes_no_bit(name):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own imports
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "fp8; *:fprop.a=e4m3@tensor delayed"])
+@pytest.mark.parametrize(
+    "name", ["nvfp4", "mxfp8", "fp8; *:fprop.a=e4m3@tensor delayed; *:wgrad.b=e4m3@tensor delayed"]
+)
 def test_compiled_is_eager_up_to_the_order_of_sums(name):
     """The operands of the first layer are the same to the bit; where sums then differ by float32's roundoff, a few
     operands of the next layers round to the neighbour, a relative 2**-2 (4 bits) or 2**-4 each."""
