@@ -16,6 +16,7 @@ pairs are made only of runs of one machine type and one version of torch. Two pr
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import platform
@@ -112,7 +113,7 @@ def one_run(arm: str, seed: int, steps: int) -> dict[str, Any]:
     return {
         "arm": arm,
         "policy": ARMS[arm].policy,
-        "rules": rules_of(ARMS[arm]),
+        "table": table_of(ARMS[arm].policy),
         "seed": seed,
         "steps": steps,
         "val_loss_fp32": in_fp32,
@@ -127,13 +128,20 @@ def one_run(arm: str, seed: int, steps: int) -> dict[str, Any]:
     }
 
 
-def rules_of(arm: Arm) -> str:
-    """A hash of all that a policy says, its recipe's rules included."""
-    from mezzo.policy import Policy
+@functools.cache
+def table_of(policy: str) -> str:
+    """A hash of what a policy gives each site of gpt-proof, however its rules are written, and of its loss scaling."""
+    from mezzo.models.gpt_torch import GPT
+    from mezzo.models.shapes import preset
+    from mezzo.policy import Policy, Site
+    from mezzo.policy.policy import find
+    from mezzo.policy.site import ROLES
 
-    policy = Policy.parse(arm.policy)
-    text = "; ".join([*map(str, policy.all_rules()), str(policy.loss_scaling)])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    paths = [path or "(model)" for path, _ in GPT(preset("gpt-proof")).named_modules()]
+    found = Policy.parse(policy)
+    rules = found.rules_for(paths)
+    lines = [f"{path}:{role}={find(rules, Site(path, role))}" for path in paths for role in ROLES]
+    return hashlib.sha256("\n".join([*lines, str(found.loss_scaling)]).encode()).hexdigest()[:12]
 
 
 def where() -> dict[str, str]:
@@ -150,7 +158,7 @@ def where() -> dict[str, str]:
 
 
 def kept(steps: int) -> list[dict[str, Any]]:
-    """Finished runs of this machine type, one an arm and seed; those of rules that have changed do not count."""
+    """Finished runs of this machine type, one an arm and seed; those of a table that has changed do not count."""
     if not KEPT.exists():
         return []
     runs = {}
@@ -159,7 +167,7 @@ def kept(steps: int) -> list[dict[str, Any]]:
         arm = ARMS.get(run["arm"])
         if (
             arm is not None
-            and run["rules"] == rules_of(arm)
+            and run.get("table") == table_of(arm.policy)
             and run["steps"] == steps
             and where().items() <= run.items()
         ):

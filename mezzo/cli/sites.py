@@ -38,7 +38,7 @@ def sites(source: str, policy: str | None, as_json: bool) -> None:
     from mezzo.cli.console import size
     from mezzo.cli.formats import table_console
 
-    table = Table("site", "shape", "format", "route", "bytes", box=None, pad_edge=False, header_style="bold")
+    table = Table("site", "shape", "format", "route", "bytes in format", box=None, pad_edge=False, header_style="bold")
     for row in rows:
         shape = "×".join(map(str, row.shape)) + (f"  ({row.calls} calls)" if row.calls > 1 else "")
         table.add_row(row.site, shape, row.format, row.route, size(row.bytes) if row.bytes else "")

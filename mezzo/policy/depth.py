@@ -1,7 +1,8 @@
 """Rules by depth: `blocks.last-13%.*` speaks of the last 13% of the modules numbered below `blocks`.
 
-`first-N%` and `last-N%` stand in a path where a number would. How many blocks they mean is known once there is a model:
-N% of them, rounded to the nearest whole number (half to even), so perhaps none.
+`first-N%` and `last-N%` stand in a path where a number would; with `.*` behind them they mean the block itself too. How
+many blocks they mean is known once there is a model: N% of them, rounded to the nearest whole number (half to even), so
+perhaps none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from fnmatch import fnmatchcase
 
 from mezzo.policy.rule import Rule
 
-_DEPTH = re.compile(r"(?:^|(?<=\.))(first|last)-(\d{1,2}|100)%(?=\.|$)")
+_DEPTH = re.compile(r"(?:^|(?<=\.))(first|last)-([1-9]\d?|100)%(?=\.|$)")
 
 
 def by_depth(rule: Rule) -> bool:
@@ -45,5 +46,9 @@ def expand(rules: Iterable[Rule], paths: Iterable[str]) -> tuple[Rule, ...]:
         total = numbered(rule, known)
         count = round(total * int(match[2]) / 100)
         blocks = range(count) if match[1] == "first" else range(total - count, total)
-        found += [replace(rule, path=f"{rule.path[: match.start()]}{i}{rule.path[match.end() :]}") for i in blocks]
+        before, after = rule.path[: match.start()], rule.path[match.end() :]
+        for i in blocks:
+            if after == ".*":  # the block with all that is below it
+                found.append(replace(rule, path=f"{before}{i}"))
+            found.append(replace(rule, path=f"{before}{i}{after}"))
     return tuple(found)

@@ -36,6 +36,7 @@ from mezzo.policy.scale import LossScaling
 from mezzo.policy.site import Site
 from mezzo.policy.spec import Spec
 
+HEAD = "*head"  # what recipes call an output head
 _OF_RECIPE: Any = object()  # not given: None would mean that the loss is not scaled
 
 
@@ -176,6 +177,12 @@ class Policy:
         """The format of a site, or None where no rule speaks of it."""
         spec = self.spec(site)
         return None if spec is None else spec.fmt
+
+    def spares_no_head(self, paths: Iterable[str]) -> bool:
+        """Whether the recipe has rules for an output head (`*head`) and none of `paths` is one."""
+        heads = [rule for rule in _recipe(self.recipe).rules if rule.path == HEAD and rule.role != "fprop.out"]
+        known = list(paths)
+        return bool(heads) and not any(rule.matches_path(path) for rule in heads for path in known)
 
     def check_paths(self, paths: Iterable[str]) -> None:
         """Refuse a rule of the policy's own whose path matches none of `paths`: it would be ignored silently."""

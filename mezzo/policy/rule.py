@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from mezzo.errors import ConfigError
 from mezzo.formats import AnyFormat
-from mezzo.policy.site import ROLES, SHORTHANDS, STATE_ROLES, Site
+from mezzo.policy.site import ROLES, SHORTHANDS, STATE_ROLES, TENSOR_ROLES, Site
 from mezzo.policy.spec import Spec
 
 # A Hadamard transform is undone by the product of two transformed operands.
@@ -20,7 +20,8 @@ class Rule:
     """Give `spec` to every site that the pattern matches.
 
     path    glob over the path; `*` also crosses dots; `path#1` means the second call only
-    role    a role, a shorthand (input, weight, grad_output, out, state), or a glob over roles such as `fprop.*`
+    role    a role, a shorthand (input, weight, grad_output, out, state), or a glob over roles such as `fprop.*`;
+            globs leave out `master` and `state`, which are what is stored
     """
 
     path: str
@@ -79,7 +80,8 @@ class Rule:
             return SHORTHANDS[self.role]
         if self.role in ROLES:
             return (self.role,)
-        return tuple(role for role in ROLES if fnmatchcase(role, self.role))
+        # What is stored is named by its own name: `head:*=bfloat16` must not take the float32 masters away.
+        return tuple(role for role in TENSOR_ROLES if fnmatchcase(role, self.role))
 
     def matches_path(self, path: str) -> bool:
         return fnmatchcase(path, self.path.partition("#")[0])

@@ -31,13 +31,9 @@ ATTENTION_ROLES = (
     *(f"dgrad.{operand}" for operand in ("dout", "query", "key", "value")),
 )
 STATE_ROLES = tuple(f"state.{name}" for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "other"))
-ROLES = (
-    *PRODUCT_ROLES,
-    *(role for role in ATTENTION_ROLES if role not in PRODUCT_ROLES),
-    "compute",
-    "master",
-    *STATE_ROLES,
-)
+# Of tensors that come and go with a step; the others are stored.
+TENSOR_ROLES = (*PRODUCT_ROLES, *(role for role in ATTENTION_ROLES if role not in PRODUCT_ROLES), "compute")
+ROLES = (*TENSOR_ROLES, "master", *STATE_ROLES)
 
 # A shorthand names one tensor in every product that it enters.
 SHORTHANDS = {

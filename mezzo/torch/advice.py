@@ -1,8 +1,7 @@
 """What to know before training: formats and shapes that train badly, or slowly, and what to do about each.
 
-    Precision.advice(x)   ──► operands(what a forward pass met, table) ──► advise(…) ──► short texts
+Precision.advice(x)   ──► operands(what a forward pass met, table) ──► advise(…) ──► short texts
 
-What cannot be done at all, a Hadamard block that does not divide an axis, is an error here as it is in training.
 """
 
 from __future__ import annotations
@@ -47,32 +46,24 @@ class Operand:
         return self.spec.fmt
 
 
-def operands(seen: Iterable[Seen], table: Table, frozen: Iterable[str] = ()) -> list[Operand]:
-    """The operands of every product and attention that a forward pass met.
-
-    frozen    paths whose weights get no gradient
-    raises    ConfigError where a Hadamard block does not divide the axis that a product sums over
-    """
-    fixed = set(frozen)
+def operands(seen: Iterable[Seen], table: Table) -> list[Operand]:
+    """The operands of every product and attention that a forward pass met."""
     found: list[Operand] = []
     for one in seen:
         if one.kind in ("linear", "product"):
-            found += _of_product(one, table.product(one.path, 0), one.path in fixed)
+            found += _of_product(one, table.product(one.path, 0))
         elif one.kind == "attention":
             found += _of_attention(one, table.attention(one.path, 0))
     return found
 
 
-def _of_product(seen: Seen, spec: SiteSpec, frozen: bool) -> Iterator[Operand]:
+def _of_product(seen: Seen, spec: SiteSpec) -> Iterator[Operand]:
     """Of a linear layer, x (n, k) · wᵀ (k, m), or of a product of matrices, x (n, k) · y (k, m)."""
     x, y = seen.shapes[0], seen.shapes[1]
     if seen.kind == "linear":
         n, k, m = prod(x[:-1]), x[-1], y[0]
     else:
         n, k, m = (x[-2] if len(x) > 1 else 1), (x[-1] if x else 1), (y[-1] if len(y) > 1 else 1)
-    spec.check_hadamard("fprop", k)
-    if not frozen:  # whether the input needs a gradient, so that dgrad runs, is known in training only
-        spec.check_hadamard("wgrad", n)
     small = min(n, k, m) if seen.kind == "linear" and float8.fits(spec) else 0
     sizes = {
         "fprop.a": (k, n), "fprop.b": (k, m), "dgrad.a": (m, n),

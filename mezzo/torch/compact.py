@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from mezzo.policy import Site, Spec
 from mezzo.policy.policy import find
 from mezzo.policy.site import ROOT, STATE_ROLES
 from mezzo.torch.moments import WIDE, Packed, at_rest, to_bfloat16
+from mezzo.torch.sites import SiteRow
 from mezzo.torch.table import Table
 
 if TYPE_CHECKING:
@@ -209,6 +211,17 @@ class Compact:
         if value.shape != like.shape or not value.dim():
             return Packed(None, (value,))
         return at_rest(value.to(like.dtype), slot.spec(key), key, (self.seed, count, f"{slot.name}:state.{key}"))
+
+    def rows(self) -> list[SiteRow]:
+        """A row for each parameter's moments that are kept in low precision, and for what is kept beside its weight."""
+        found = []
+        for p, slot in self.slots.items():
+            specs = {role: spec for role, spec in slot.states.items() if spec.fmt.name not in WIDE}
+            alike = len(specs) == len(STATE_ROLES) and len(set(specs.values())) == 1
+            for role, spec in ({"state": specs[STATE_ROLES[0]]} if alike else specs).items():
+                size = ceil(p.numel() * spec.fmt.bits / 8)
+                found.append(SiteRow(f"{slot.name}:{role}", tuple(p.shape), str(spec), "stored", size))
+        return found
 
     # --- state ---
 

@@ -93,6 +93,7 @@ class Precision:
         self._seen: dict[tuple[str, str], Seen] = self.mode.recording
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.last: Step | None = None
+        self._scaled = False  # whether there are gradients of a loss that was scaled
         self.steps = self.skipped = self.bad_run = 0
         kept = model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._buffer_names = sorted(name for name, _ in model.named_buffers() if name in kept)
@@ -115,6 +116,7 @@ class Precision:
         with float32_kernels("tf32" if tf32 else "float32", self.device):
             loss.mul(self.scales.loss.scale).backward()
         self.scales.draws += 1
+        self._scaled = True
 
     def step(self) -> Step:
         """Unscale, clip, skip if a gradient is not finite, update, zero the gradients.
@@ -129,6 +131,12 @@ class Precision:
         owned = [p for o in self.optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
         if not owned:
             raise ConfigError("step() found no gradient; call precision.backward(loss) first")
+        if self.policy.loss_scaling is not None and not self._scaled:
+            raise ConfigError(
+                "step() divides gradients by the loss scale, and these do not come from precision.backward(loss); call "
+                "that instead of loss.backward()"
+            )
+        self._scaled = False
         grads = [p.grad for p in owned if p.grad is not None]
         if any(g.is_sparse for g in grads):
             raise ConfigError("step() cannot unscale sparse gradients; make the embeddings with sparse=False")
@@ -237,7 +245,9 @@ class Precision:
             paths = [path or ROOT for path, _ in self.model.named_modules()]
             policy.check_paths(paths)
             table = self._tables[key] = Table(policy, self.hardware.native, self.hooks, self.scales, paths)
-            table.resolve(paths)
+            # First those that may hold a product: an error should name one of them.
+            large = {path or ROOT for path, m in self.model.named_modules() for p in m.parameters(False) if p.dim() > 1}
+            table.resolve(sorted(paths, key=lambda path: path not in large))
         return self._tables[key]
 
     # --- looking ---
@@ -258,18 +268,25 @@ class Precision:
                 self.mode.recording = outer
         if not self._seen:
             raise ConfigError("no forward pass seen yet: run the model once, or give example inputs to sites()")
-        return rows(self.model, self.mode, self._seen.values())
+        return [*rows(self.model, self.mode, self._seen.values()), *self.compact.rows()]
 
     def advice(self, *example: Any, **kwargs: Any) -> list[str]:
         """What to know before training: formats and shapes that train badly or slowly, each with a remedy.
 
         example   as for `sites`
-        raises    ConfigError as `sites`; also where training would: a Hadamard block that does not divide an axis
+        raises    ConfigError as `sites`
         """
         self.sites(*example, **kwargs)
-        fixed = [name.rpartition(".")[0] or ROOT for name, p in self.model.named_parameters() if not p.requires_grad]
-        found = operands(self._seen.values(), self.mode.table, fixed)
-        return advise(found, device=self.device.type, loss_scaling=self.policy.loss_scaling is not None)
+        found = operands(self._seen.values(), self.mode.table)
+        texts = advise(found, device=self.device.type, loss_scaling=self.policy.loss_scaling is not None)
+        if self.policy.spares_no_head(path for path, _ in self.model.named_modules()):
+            texts.insert(
+                0,
+                f"{self.policy.recipe} keeps the output head in bfloat16, and no module here has a name that ends in "
+                "head: the last layer is rounded like the others; the rule LAST:*.[ab]=bfloat16 with its path would "
+                "spare it",
+            )
+        return texts
 
     @contextmanager
     def tap(self, listener: Tap) -> Iterator[None]:

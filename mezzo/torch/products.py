@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from mezzo.torch import float8
 from mezzo.torch.float8 import Float8Linear
-from mezzo.torch.rounding import CARRIERS, carrier, widen
+from mezzo.torch.rounding import CARRIERS, carrier, cast, widen
 from mezzo.torch.table import Kept, SiteSpec
 
 
@@ -87,20 +87,11 @@ def _keep(
     return spec.keep(role, x, axis, rounded) if ctx.needs_input_grad[gradient] else ((), Kept("nothing"))
 
 
-def _check_transforms(ctx: Any, spec: SiteSpec, fprop: int, dgrad: int, wgrad: int) -> None:
-    """Refuse now what the backward pass could not do; the numbers are the lengths that the three products sum over."""
-    spec.check_hadamard("fprop", fprop)
-    for needed, product, length in zip(ctx.needs_input_grad, ("dgrad", "wgrad"), (dgrad, wgrad), strict=False):
-        if needed and spec.scales.training:
-            spec.check_hadamard(product, length)
-
-
 class Linear(torch.autograd.Function):
     """y = x·wᵀ + bias;  dx = dy·w;  dw = dyᵀ·x.  x (rows, in), w (out, in), bias (out,)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: SiteSpec) -> Tensor:
-        _check_transforms(ctx, spec, weight.shape[1], weight.shape[0], x.shape[0])
         a = spec.cast("fprop.a", x)
         b = spec.cast("fprop.b", weight)
         tensors, ctx.kept = _keep(ctx, 1, spec, "wgrad.b", x, 0, a if spec.shared("wgrad.b", "fprop.a") else None)
@@ -131,8 +122,10 @@ class Linear(torch.autograd.Function):
 
 def _round_bias(spec: SiteSpec, bias: Tensor) -> Tensor:
     """Like the weight down to 16 bits; below that a bias stays as it is, as hardware keeps it."""
-    fmt = spec.formats["fprop.b"]
-    return spec.cast("fprop.b", bias) if fmt.name in CARRIERS else bias
+    like = spec.specs["fprop.b"]
+    if like.fmt.name not in CARRIERS:
+        return bias
+    return cast(bias, like.fmt) if like.hadamard else spec.cast("fprop.b", bias)  # a transform is the product's affair
 
 
 def linear(spec: SiteSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -155,7 +148,6 @@ class Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, spec: SiteSpec) -> Tensor:
-        _check_transforms(ctx, spec, x.shape[-1], y.shape[-1], x.shape[-2])
         a, b = spec.cast("fprop.a", x), spec.cast("fprop.b", y, axis=-2)
         of_x, ctx.kept_x = _keep(ctx, 1, spec, "wgrad.b", x, -2, a if spec.shared("wgrad.b", "fprop.a") else None)
         of_y, ctx.kept_y = _keep(ctx, 0, spec, "dgrad.b", y, -1, b if spec.shared("dgrad.b", "fprop.b") else None)

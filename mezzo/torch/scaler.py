@@ -45,4 +45,6 @@ class LossScaler:
         return {"scale": s.scale, "good": s.good, "bad": s.bad, "at_floor": s.at_floor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.scaling is None:
+            return  # saved under a policy that scales the loss
         self.state = self._on_device(*(state[key].item() for key in ("scale", "good", "bad", "at_floor")))

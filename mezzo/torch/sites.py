@@ -23,8 +23,8 @@ class SiteRow:
     site    `path:role`, or `path:op NAME` for an operation that no rule speaks of
     shape   of the tensor; () for a scalar
     format  what its values are rounded to, and how if not to nearest; or the dtype that an uncovered operation ran in
-    route   "native", "emulated", "flash", "explicit", "kernel" (left to a kernel), "not covered"
-    bytes   the tensor's size in that format
+    route   "native", "emulated", "flash", "explicit", "kernel" (left to a kernel), "stored", "not covered"
+    bytes   the tensor's size in that format; while an emulated product runs it lies in a wider tensor
     calls   how often the site was met in one forward pass; shape and bytes are those of one call
     """
 

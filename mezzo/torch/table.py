@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,6 @@ from mezzo.torch.scales import Scales, row_name
 
 Tap = Callable[[Site, Tensor, Tensor], None]
 OUTPUTS = ("fprop.out", "dgrad.out", "wgrad.out", "dgrad.query", "dgrad.key", "dgrad.value")
-SUMMED = {"fprop": "input features", "dgrad": "output features", "wgrad": "rows (of a linear layer: batch × sequence)"}
 
 
 @dataclass
@@ -108,7 +107,7 @@ class SiteSpec:
         else:
             source, scale = x, None
         self.tell(role, source, rounded)
-        return pack(source, rounded, spec.fmt, axis, scale), Kept("packed", tuple(x.shape))
+        return pack(source, rounded, spec.fmt, axis, scale), Kept("packed", tuple(rounded.shape))
 
     def take(self, role: str, tensors: tuple[Tensor, ...], kept: Kept, axis: int) -> Tensor:
         """The operand rounded for `role` from what `keep` kept."""
@@ -120,7 +119,8 @@ class SiteSpec:
         """(what is rounded: x, or its transform; the rounded tensor; the scale if it comes from earlier steps)"""
         spec = self.specs[role]
         if spec.hadamard:
-            x = hadamard(x, axis=axis, block=spec.hadamard)
+            # Zeros that fill the last block add nothing to the sum, as the other operand has them too.
+            x = hadamard(_filled(x, axis, spec.hadamard), axis=axis, block=spec.hadamard)
         if spec.rounding == "nearest" and not spec.delayed:
             return x, cast(x, spec.fmt, axis), None
         scale = self.delayed_scale(role, x) if spec.delayed else None
@@ -190,30 +190,17 @@ class SiteSpec:
     def require_same(self, what: str, *roles: str) -> None:
         """Refuse formats that this operation cannot tell apart."""
         names = {role: str(self.specs[role]) for role in roles if role in self.specs}
+        blocks = [role for role in names if depends_on_axis(self.formats[role]) or self.specs[role].hadamard]
+        if blocks:
+            instead = "; ".join(f"{self.path}:{name}=bfloat16" for name in ("input", "weight", "grad_output"))
+            raise ConfigError(
+                f"{self.path}:{blocks[0]}={names[blocks[0]]}: {what} sums over several axes in its three products, so "
+                "blocks would lie across them; take a format without blocks, such as bfloat16 or e4m3@tensor, with the "
+                f"rules {instead}"
+            )
         if len(set(names.values())) > 1:
             listed = ", ".join(f"{role}={name}" for role, name in names.items())
             raise ConfigError(f"{self.path}: {what} keeps one rounded copy for {listed}; give these roles one format")
-        blocks = [role for role in names if depends_on_axis(self.formats[role]) or self.specs[role].hadamard]
-        if blocks:
-            raise ConfigError(
-                f"{self.path}:{blocks[0]}={names[blocks[0]]}: {what} sums over several axes in its three products, so "
-                "its blocks would lie across them; take a format without blocks, such as bfloat16 or e4m3@tensor"
-            )
-
-    def check_hadamard(self, product: str, length: int) -> None:
-        """Refuse a Hadamard block that does not divide what the product sums over.
-
-        length    of the summed axis: input features for "fprop", output features for "dgrad", rows for "wgrad"
-        """
-        one, other = (self.specs[f"{product}.{operand}"] for operand in "ab")
-        if not one.hadamard or length % one.hadamard == 0:
-            return
-        without = [f"{self.path}:{product}.{o}={replace(s, hadamard=0)}" for o, s in (("a", one), ("b", other))]
-        raise ConfigError(
-            f"{self.path}:{product}.a={one}: blocks of {one.hadamard} for the Hadamard transform do not divide the "
-            f"{length} {SUMMED[product]} that this product sums over; make them a multiple of {one.hadamard}, or drop "
-            f"the transform with the rules {'; '.join(without)}"
-        )
 
     def plain(self, *tensors: Tensor | None) -> bool:
         """Whether the unmodified float32 or float64 operation is already what the table asks for."""
@@ -291,6 +278,12 @@ class Table:
         return spec
 
 
+def _filled(x: Tensor, axis: int, block: int) -> Tensor:
+    """`x` with zeros at the end of an axis, up to a multiple of the block."""
+    missing = -x.shape[axis] % block
+    return torch.cat([x, x.new_zeros(*x.shape[:axis], missing, *x.shape[axis:][1:])], axis) if missing else x
+
+
 def _check(path: str, specs: dict[str, Spec]) -> None:
     """Refuse what a role cannot have."""
     for product in ("fprop", "dgrad", "wgrad"):
@@ -298,7 +291,8 @@ def _check(path: str, specs: dict[str, Spec]) -> None:
         if len(set(blocks)) > 1:
             raise ConfigError(
                 f"{path}:{product}: a Hadamard transform of one operand is undone by that of the other, so both need "
-                f"the same block; {product}.a has {blocks[0] or 'none'}, {product}.b has {blocks[1] or 'none'}"
+                f"the same block; {product}.a has {blocks[0] or 'none'}, {product}.b has {blocks[1] or 'none'}. A rule "
+                f"that gives one of them another format must speak of the other too, as {path}:wgrad.?=bfloat16 does"
             )
     delayed = [role for role, spec in specs.items() if spec.delayed]
     if "fprop.probs" in specs and delayed:

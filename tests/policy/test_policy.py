@@ -9,6 +9,7 @@ from mezzo.errors import ConfigError
 from mezzo.formats import FORMATS, SCALED, get_format
 from mezzo.formats.rounding import ROUNDINGS
 from mezzo.policy import RECIPES, LossScaling, Policy, Rule, Site, Spec
+from mezzo.policy.policy import find
 from mezzo.policy.site import ROLES, SHORTHANDS
 
 PATHS = st.text(string.ascii_letters + string.digits + "._*?[]-:", min_size=1, max_size=12)
@@ -216,9 +217,27 @@ def paths_of(blocks):
 @pytest.mark.parametrize(("blocks", "meant"), [(1, []), (4, [3]), (12, [10, 11]), (62, [0, 1, *range(54, 62)])])
 def test_rules_by_depth_count_the_models_blocks(blocks, meant):
     """NVFP4's recipe keeps 2 and 8 of the paper's 62 blocks."""
-    rules = Policy.parse("nvfp4").rules_for(paths_of(blocks))
-    kept = {rule.path for rule in rules if rule.role == "weight" and rule.path.startswith("blocks")}
-    assert kept == {f"blocks.{i}.*" for i in meant}
+    for name, more in (("blocks", ""), ("model.blocks", ".up"), ("encoder.layers", ".fc1"), ("transformer.h", "")):
+        paths = [f"{name}.{i}{below}" for i in range(blocks) for below in ("", ".up", ".fc1")]
+        rules = Policy.parse("nvfp4").rules_for(paths)
+        found = [find(rules, Site(f"{name}.{i}{more}", "fprop.a")) for i in range(blocks)]
+        assert [i for i, spec in enumerate(found) if spec == Spec(get_format("bf16"))] == meant, name
+
+
+@pytest.mark.parametrize("path", ["head", "lm_head", "model.head", "model.lm_head"])
+def test_an_output_head_stays_in_16_bits_whatever_it_is_part_of(path):
+    for name in ("fp8", "fp8-row", "fp8-block", "mxfp8", "mxfp4", "nvfp4"):
+        policy = Policy.parse(name)
+        for role in ("fprop.a", "fprop.b", "dgrad.a", "dgrad.b", "wgrad.a", "wgrad.b"):
+            assert policy.spec(Site(path, role)) == Spec(get_format("bf16"))
+        assert policy.format(Site(path, "fprop.out")) == get_format("fp32")
+
+
+def test_a_glob_over_roles_leaves_out_what_is_stored():
+    rule = Rule.parse("head:*", "bf16")
+    assert rule.matches(Site("head", "fprop.a"))
+    assert rule.matches(Site("head", "compute"))
+    assert not any(rule.matches(Site("head", role)) for role in ("master", "state.exp_avg"))
 
 
 def test_a_rule_by_depth_is_a_rule_like_any_other():

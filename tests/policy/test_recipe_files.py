@@ -14,6 +14,7 @@ import pytest
 import mezzo.policy.recipe_file as recipe_file
 from mezzo.errors import ConfigError
 from mezzo.policy import RECIPES, LossScaling, Policy, Site
+from mezzo.policy.policy import find
 from mezzo.policy.recipe import ORDER
 from mezzo.policy.site import ROLES
 
@@ -82,8 +83,10 @@ def test_a_shipped_file_means_the_same_as_a_file_of_ones_own(name):
     for path in ("x", "head", "lm_head"):
         for role in ROLES:
             assert own.spec(Site(path, role)) == Policy(name).spec(Site(path, role)), (path, role)
-    depth = [f"blocks.{i}" for i in range(62)]
-    assert own.rules_for(depth)[-10:] == Policy(name).rules_for(depth)[-10:]
+    depth = [f"blocks.{i}{more}" for i in range(62) for more in ("", ".up")]
+    mine, shipped = own.rules_for(depth), Policy(name).rules_for(depth)
+    for path in depth:
+        assert find(mine, Site(path, "fprop.a")) == find(shipped, Site(path, "fprop.a")), path
 
 
 @pytest.mark.skipif(find_spec("setuptools") is None, reason="setuptools builds the package")

@@ -113,7 +113,10 @@ def test_gradients_are_unscaled_and_clipped_alike_by_fused_and_other_optimizers(
         model, _, precision = make(f"{policy}; loss_scale=1024", name, max_norm=0.5)
         for i in range(3):
             before = [_load(p, precision.compact.slots[p]).clone() for p in model.parameters()]
-            give(model, i, 1024.0)
+            give(model, i)
+            given = [p.grad for p in model.parameters()]
+            model.zero_grad()
+            precision.backward(sum((p * g).sum() for p, g in zip(model.parameters(), given, strict=True)))
             assert float(precision.step().grad_norm) > 50
             after = [_load(p, precision.compact.slots[p]) for p in model.parameters()]
             if i == 0:  # lr 0.01 times a gradient of norm 0.5; float32 rounds each of 6,000 weights below 1 by 2^-25
