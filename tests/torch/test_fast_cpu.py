@@ -434,11 +434,11 @@ def test_a_torch_without_get_kernel_is_refused_by_version(monkeypatch: pytest.Mo
         fast_cpu()
 
 
-def test_inductors_cpp_wrapper_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductors_cpp_wrapper_is_refused_with_the_remedy() -> None:
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(inductor, "cpp_wrapper", True)
-    with pytest.raises(ConfigError, match=r"cpp_wrapper = True.*set it to False"):
+    # Not monkeypatch, whose undoing deletes the setting: Inductor then fails for the rest of the process.
+    with inductor.patch(cpp_wrapper=True), pytest.raises(ConfigError, match=r"cpp_wrapper = True.*set it to False"):
         fast_cpu(force=True)
 
 
