@@ -12,7 +12,6 @@ from torch import Tensor
 from mezzo.errors import ConfigError
 from mezzo.formats import AnyFormat, ScaledFormat, get_element
 from mezzo.formats.spec import Format
-from mezzo.torch.elements import round_elements
 from mezzo.torch.quantize import quantize
 
 CARRIERS = {
@@ -69,7 +68,7 @@ def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _cast(x: Tensor, fmt: Format) -> Tensor:
     if fmt.name == "tf32" or x.dtype is torch.float64:  # torch casts float64 to 16 bits in two roundings
-        x = round_elements(x, fmt, "nearest", "cast")
+        x = quantize(x.detach(), fmt, overflow="cast")
     return x.to(carrier(fmt))
 
 
