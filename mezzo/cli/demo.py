@@ -128,7 +128,7 @@ def _alone(config: Config, console: Console, steps: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(config.to_toml())
         file.flush()
-        for arm, count in (("plain", 4), ("mezzo", 4), ("autocast", 2), ("fast_cpu", 4)):
+        for arm, count in (("plain", 12), ("mezzo", 12), ("autocast", 2), ("fast_cpu", 12)):
             console.print(f"measuring {arm} alone for {count} steps …")
             command = [sys.executable, "-m", "mezzo.cli.demo_arms", file.name, arm, str(count)]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -165,7 +165,7 @@ def _footnotes(rows: dict[str, Any], steps: int) -> str:
 
     stock = rows["autocast alone"]["seconds"]
     return (
-        f"step time: over PyTorch float32's, medians of steps run in turn; autocast: 2 and 4 steps alone, projected\n"
+        f"step time: over PyTorch float32's, medians of steps run in turn; autocast: 2 and 12 steps alone, projected\n"
         f"(stock: {clock(stock * steps)} for all {steps} steps); peak memory: above resting, each arm alone;\n"
         f"train loss: mean of the last 20 steps; val loss: held-out files, evaluated in float32"
     )
@@ -233,7 +233,8 @@ def _recipes(session: Session, console: Console) -> None:
     for policy in ("fp32", *RECIPES):
         precision = Precision(session.model, None, policy)
         precision.backward(session.model(x, y))
-        gradients[policy] = torch.cat([p.grad.flatten() for p in session.model.parameters() if p.grad is not None])
+        found = [p.grad.flatten() for p in session.model.parameters() if p.grad is not None]
+        gradients[policy] = torch.cat(found).double()
         session.model.zero_grad()
         precision.remove()
     cosines = "  ".join(
