@@ -57,6 +57,6 @@ def read(path: str) -> dict[str, Any]:
     if isinstance(base, str) and is_file(base):
         raise ConfigError(
             f"the recipe file {path} builds on another file, {base!r}; a base is a recipe that `mezzo recipes` lists: "
-            f"copy the rules of {base} into {path}"
+            f"copy the rules of {base} that this model has modules for into {path}"
         )
     return data

@@ -266,5 +266,5 @@ def _check_four(model: nn.Module, name: str) -> None:
     if inputs % 4:
         raise ConfigError(
             f"2:4 takes weights whose input size is a multiple of 4; {name} {shape} has {inputs} inputs: change the "
-            f"layer's input size, or leave it out with exclude=(*EXCLUDE, {name!r})"
+            f"layer's input size, or leave it out with Pruner(exclude=(*EXCLUDE, {name!r}))"
         )

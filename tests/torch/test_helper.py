@@ -477,6 +477,14 @@ def test_a_compiler_that_fails_leaves_it_absent(tmp_path):
         assert not list(cache.glob("mezzo/*.so"))
 
 
+def test_a_library_in_the_cache_that_does_not_load_is_built_anew(tmp_path, needs_compiler):
+    first = in_a_new_process(f"{QUICK}\n{STATUS}", XDG_CACHE_HOME=str(tmp_path))
+    (kept,) = tmp_path.glob("mezzo/*.so")
+    kept.write_bytes(b"rubbish")
+    assert in_a_new_process(f"{QUICK}\n{STATUS}", XDG_CACHE_HOME=str(tmp_path)) == first
+    assert kept.stat().st_size > 1000
+
+
 def test_a_cache_that_cannot_be_written_leaves_it_absent(tmp_path, needs_compiler):
     (tmp_path / "mezzo").write_text("a file where the folder should be")
     printed = in_a_new_process(STATUS, XDG_CACHE_HOME=str(tmp_path))

@@ -526,3 +526,36 @@ def test_the_loss_scales_controller_is_restored_whole():
 def test_routes_name_every_format_of_the_policy():
     _, _, precision = make("bf16; head:*=float32; up:input=float16")
     assert precision.routes == {"bfloat16": "emulated", "float16": "emulated", "float32": "native"}
+
+
+def test_gradients_that_were_not_scaled_are_refused_under_loss_scaling():
+    """They would be divided by 65,536 without a word."""
+    model, _, precision = make("fp16")
+    loss_of(model, *batch(0)).backward()
+    with pytest.raises(ConfigError, match=r"do not come from precision\.backward\(loss\); call that instead"):
+        precision.step()
+    precision.backward(loss_of(model, *batch(0)))
+    precision.step()
+    precision.backward(loss_of(model, *batch(0)))
+    precision.step()
+
+
+def test_the_table_of_sites_has_the_moments_that_are_kept_low():
+    model, _, precision = make("bf16; up:state=bfloat16 stochastic; down:state.exp_avg=e4m3@1x128")
+    rows = {row.site: row for row in precision.sites(batch(0)[0]) if ":state" in row.site}
+    weight = dict(model.named_parameters())["up.weight"]
+    assert rows["up.weight:state"].format == "bfloat16 stochastic"
+    assert (rows["up.weight:state"].route, rows["up.weight:state"].bytes) == ("stored", 2 * weight.numel())
+    assert rows["down.weight:state.exp_avg"].format == "float8_e4m3fn@1x128"
+    assert not any(site.startswith("head") for site in rows)
+
+
+def test_a_convolution_under_blocks_is_refused_with_rules_that_work():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))
+    x = torch.ones(1, 3, 8, 8)
+    precision = Precision(model, None, "nvfp4")
+    with pytest.raises(ConfigError, match="blocks would lie across them; take a format without blocks") as caught:
+        model(x)
+    precision.remove()
+    Precision(model, None, "nvfp4; " + str(caught.value).partition("with the rules ")[2])
+    model(x).sum().backward()

@@ -43,7 +43,7 @@ def test_2_to_4_names_the_layer_whose_input_size_is_no_multiple_of_4():
     model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8))
     message = (
         "2:4 takes weights whose input size is a multiple of 4; 1.weight (8, 6) has 6 inputs: change the layer's input "
-        "size, or leave it out with exclude=(*EXCLUDE, '1.weight')"
+        "size, or leave it out with Pruner(exclude=(*EXCLUDE, '1.weight'))"
     )
     with pytest.raises(ConfigError, match=re.escape(message)):
         Pruner(model, "2:4")

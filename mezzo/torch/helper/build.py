@@ -83,7 +83,10 @@ def library(compiler: Compiler, check: Callable[[ctypes.CDLL], str | None]) -> c
     folder = Path(platformdirs.user_cache_dir("mezzo"))
     path = folder / f"helper-{name}.so"
     if path.exists():
-        return _load(path)
+        try:
+            return _load(path)
+        except BuildError:
+            path.unlink(missing_ok=True)  # torn, or of another system that shares the folder: built anew
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"helper-{name}.lock"):
