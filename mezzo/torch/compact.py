@@ -216,12 +216,23 @@ class Compact:
         """A row for each parameter's moments that are kept in low precision, and for what is kept beside its weight."""
         found = []
         for p, slot in self.slots.items():
-            specs = {role: spec for role, spec in slot.states.items() if spec.fmt.name not in WIDE}
-            alike = len(specs) == len(STATE_ROLES) and len(set(specs.values())) == 1
-            for role, spec in ({"state": specs[STATE_ROLES[0]]} if alike else specs).items():
+            roles = self._roles()
+            specs = {role: slot.states[role] for role in roles if slot.states[role].fmt.name not in WIDE}
+            alike = len(specs) == len(roles) > 1 and len(set(specs.values())) == 1
+            for role, spec in ({"state": specs[roles[0]]} if alike else specs).items():
                 size = ceil(p.numel() * spec.fmt.bits / 8)
                 found.append(SiteRow(f"{slot.name}:{role}", tuple(p.shape), str(spec), "stored", size))
         return found
+
+    def _roles(self) -> list[str]:
+        """The moments that the optimizers have; AdamW's where there is none yet."""
+        names: list[str] = []
+        for defaults in (optimizer.defaults for optimizer in self.optimizers):
+            if "betas" in defaults:
+                names += ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if defaults.get("amsgrad") else [])]
+            else:
+                names.append("momentum_buffer" if "momentum" in defaults and "alpha" not in defaults else "other")
+        return [f"state.{name}" for name in dict.fromkeys(names or ("exp_avg", "exp_avg_sq"))]
 
     # --- state ---
 

@@ -548,6 +548,7 @@ def test_the_table_of_sites_has_the_moments_that_are_kept_low():
     assert (rows["up.weight:state"].route, rows["up.weight:state"].bytes) == ("stored", 2 * weight.numel())
     assert rows["down.weight:state.exp_avg"].format == "float8_e4m3fn@1x128"
     assert not any(site.startswith("head") for site in rows)
+    assert {site.rpartition(":")[2] for site in rows} == {"state", "state.exp_avg"}, "AdamW has no momentum_buffer"
 
 
 def test_a_convolution_under_blocks_is_refused_with_rules_that_work():
