@@ -268,7 +268,7 @@ def test_scales_may_be_given(compiled, shape, name):
     rng = np.random.default_rng(1)
     x = numbers(math.prod(shape)).reshape(shape)
     for axis in range(len(shape)):
-        expected = helper._scales_shape(helper.Groups(shape, get_format(name), axis))
+        expected = helper.Groups(shape, get_format(name), axis).scales_shape
         for scale in (np.float32(0.37), np.exp2(rng.uniform(-140, 127, expected)).astype(np.float32)):
             with np.errstate(all="ignore"):
                 check_blocks(compiled, x, name, axis, scale=scale)

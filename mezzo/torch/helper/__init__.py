@@ -151,7 +151,7 @@ class Helper:
             scale = scale.detach().to("cpu", torch.float32).contiguous()  # the name keeps it alive through the call
             if not bool(torch.all((scale > 0) & torch.isfinite(scale))):
                 raise ConfigError("a given scale must be positive and finite")
-            expected = _scales_shape(groups)
+            expected = groups.scales_shape
             if scale.dim() > 0 and tuple(scale.shape) != expected:
                 raise ConfigError(
                     f"the scale must have the shape () or {expected}, one for each group, not {tuple(scale.shape)}"
@@ -343,18 +343,6 @@ def _layout(groups: Groups) -> tuple[int, int, int, int, int, int, int]:
         return outer, 1, height, width, width, columns, 1
     inner = math.prod(shape[axis + 1 : -1])
     return outer, inner, height, shape[-1], inner * shape[-1], columns, rows
-
-
-def _scales_shape(groups: Groups) -> tuple[int, ...]:
-    """The shape of the scales, as `Groups.scales` gives them."""
-    if groups.flat != groups.shape:
-        return ()
-    shape, axis = list(groups.shape), groups.axis % len(groups.shape)
-    if len(shape) > 1:
-        other = len(shape) - 2 if axis == len(shape) - 1 else len(shape) - 1
-        shape[other] = -(-shape[other] // groups.rows)
-    shape[axis] = -(-shape[axis] // groups.columns)
-    return tuple(shape)
 
 
 __all__ = ["Helper", "load", "off", "status", "supports"]
