@@ -58,6 +58,7 @@ ARMS = {
     "fp8 delayed": Arm("; ".join(["fp8", *(f"*:{role}={fmt}@tensor delayed" for role, fmt in zip(
         OPERANDS, ("e4m3", "e4m3", "e5m2", "e4m3", "e5m2", "e4m3"), strict=True)),
         *(f"head:{name}=bfloat16" for name in ("input", "weight", "grad_output"))])),
+    "fp8, activations in 8 bits": Arm("fp8; *:saved=mxfp8; (model):saved=bfloat16"),
     "fp16 without loss scaling": Arm("fp16; loss_scale=none"),
     "bf16-pure to nearest": Arm("bf16-pure; *:master=bfloat16; *:state=bfloat16"),
     "mxfp8, floor rule": Arm(_everywhere("mxfp8_e4m3+floor")),
@@ -140,7 +141,9 @@ def table_of(policy: str) -> str:
     paths = [path or "(model)" for path, _ in GPT(preset("gpt-proof")).named_modules()]
     found = Policy.parse(policy)
     rules = found.rules_for(paths)
-    lines = [f"{path}:{role}={find(rules, Site(path, role))}" for path in paths for role in ROLES]
+    given = {(path, role): find(rules, Site(path, role)) for path in paths for role in ROLES}
+    # A role that is younger than the first runs counts only where a rule speaks of it.
+    lines = [f"{path}:{role}={spec}" for (path, role), spec in given.items() if spec is not None or role != "saved"]
     return hashlib.sha256("\n".join([*lines, str(found.loss_scaling)]).encode()).hexdigest()[:12]
 
 

@@ -27,8 +27,11 @@ from mezzo.models.gpt_torch import GPT
 from mezzo.policy import RECIPES
 from mezzo.torch import Precision
 from mezzo.torch.compact import stored_bytes
+from mezzo.torch.saved import kept_bytes
 from mezzo.train.config import load
 from mezzo.train.session import make_optimizer, model_config, prepare_corpus
+
+SAVED = ("bf16; *:saved=bfloat16", "fp8; *:saved=mxfp8; (model):saved=bfloat16")  # activations kept in fewer bits
 
 
 @dataclass
@@ -46,17 +49,7 @@ class Arm:
 
     def kept(self, x: Tensor, y: Tensor) -> int:
         """Bytes that autograd keeps of one forward pass: each storage once, parameters left out."""
-        storages: dict[int, int] = {}
-
-        def note(t: Tensor) -> Tensor:
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            self.precision.backward(self.model(x, y))
-        self.precision.step()
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        return sum(size for at, size in storages.items() if at not in own)
+        return kept_bytes(self.precision, lambda: self.model(x, y))
 
 
 def arms(names: list[str], config: Any, shape: Any) -> Iterator[Arm]:
@@ -68,7 +61,7 @@ def arms(names: list[str], config: Any, shape: Any) -> Iterator[Arm]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--recipes", nargs="*", default=[*RECIPES])
+    parser.add_argument("--recipes", nargs="*", default=[*RECIPES, *SAVED])
     options = parser.parse_args()
     names = list(dict.fromkeys(["fp32", *options.recipes]))
     config = load(None, ["model.preset=gpt-proof", "train.batch=8"])
@@ -94,7 +87,7 @@ def main() -> None:
         })  # fmt: skip
         row = rows[-1]
         sizes = "  ".join(f"{key} {row[key] / 2**20:6.2f} MiB" for key in row if key.endswith("_bytes"))
-        print(f"{arm.policy:16} {row['step_over_fp32']:5.2f} × fp32's step  {sizes}")
+        print(f"{arm.policy:44} {row['step_over_fp32']:5.2f} × fp32's step  {sizes}")
     path = write_result("recipe_costs", {"model": "gpt-proof, batch 8", "rounds": options.rounds, "rows": rows})
     print(path)
 

@@ -21,7 +21,7 @@ class Rule:
 
     path    glob over the path; `*` also crosses dots; `path#1` means the second call only
     role    a role, a shorthand (input, weight, grad_output, out, state), or a glob over roles such as `fprop.*`;
-            globs leave out `master` and `state`, which are what is stored
+            globs leave out `master`, `state` and `saved`, which are what is stored
     """
 
     path: str

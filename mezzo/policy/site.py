@@ -13,6 +13,7 @@ Roles of attention:
 Other roles:
     compute    what a norm, a softmax, an embedding or a loss computes in
     master     the stored weight
+    saved      what any other operation than a product or attention keeps for the backward pass
     state.exp_avg state.exp_avg_sq state.max_exp_avg_sq state.momentum_buffer state.other
                the optimizer's moments between steps, by the names that torch.optim gives them
 """
@@ -33,7 +34,7 @@ ATTENTION_ROLES = (
 STATE_ROLES = tuple(f"state.{name}" for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "other"))
 # Of tensors that come and go with a step; the others are stored.
 TENSOR_ROLES = (*PRODUCT_ROLES, *(role for role in ATTENTION_ROLES if role not in PRODUCT_ROLES), "compute")
-ROLES = (*TENSOR_ROLES, "master", *STATE_ROLES)
+ROLES = (*TENSOR_ROLES, "master", "saved", *STATE_ROLES)
 
 # A shorthand names one tensor in every product that it enters.
 SHORTHANDS = {

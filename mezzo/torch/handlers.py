@@ -280,6 +280,10 @@ for _name in [
 for _f in (torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax, torch.logsumexp, Tensor.logsumexp,
            torch.layer_norm, torch.rms_norm, torch.group_norm, torch.cdist, torch.cosine_similarity):  # fmt: skip
     HANDLERS[_f] = _compute
+# What these keep for the backward pass has roles of its own.
+PRODUCTS = frozenset(
+    func for func, handler in HANDLERS.items() if handler not in (_compute, _embedding, _composite)
+) - {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm}
 for _f in (torch.addmv, torch.addbmm, torch.addr, torch.vdot, torch.chain_matmul, torch.linalg.multi_dot, F.bilinear,
            torch.bilinear, Tensor.addmv, Tensor.addbmm, Tensor.addr, Tensor.inner, Tensor.vdot):  # fmt: skip
     HANDLERS[_f] = _uncovered_product

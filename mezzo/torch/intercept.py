@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from mezzo.errors import ConfigError
 from mezzo.policy.site import ROOT
-from mezzo.torch.handlers import HANDLERS
+from mezzo.torch.handlers import HANDLERS, PRODUCTS
+from mezzo.torch.saved import saving
 from mezzo.torch.table import Table
 
 # Modules whose operation is not covered, and which want operands of their parameters' dtype.
@@ -55,6 +57,8 @@ class SiteMode(TorchFunctionMode):
     """Carries the table out while a model's forward runs.
 
     path       of the module that is running
+    kept       None, or where the bytes of each storage kept for the backward pass are noted
+    in_product whether a product or attention is running, which keeps its operands by its own roles
     calls      how often each (path, kind) ran in this forward pass: the call index
     recording  None, or where operations are noted
     """
@@ -64,6 +68,8 @@ class SiteMode(TorchFunctionMode):
         self.table = table
         self.path = ROOT
         self.depth = 0
+        self.in_product = False
+        self.kept: dict[int, int] | None = None
         self.calls: dict[tuple[str, str], int] = {}
         self.recording: dict[tuple[str, str], Seen] | None = None
         self._noted: Seen | None = None
@@ -80,7 +86,11 @@ class SiteMode(TorchFunctionMode):
                 self._note_uncovered(func, args, out)
             return out
         before = self._noted
-        out = handler(self, func, args, kwargs or {})
+        self.in_product = func in PRODUCTS
+        try:
+            out = handler(self, func, args, kwargs or {})
+        finally:
+            self.in_product = False
         if self._noted is not None and self._noted is not before and isinstance(out, Tensor):
             self._noted.out = tuple(out.shape)
         return out
@@ -149,17 +159,21 @@ class Scope:
                 Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs)
             )
         mode, outer = self.mode, self.mode.path
+        if mode.table.saves and torch.compiler.is_compiling():
+            _refuse_compiled()
         mode.path = self.path
         if self.owner:  # looked up anew: a copy of the model has parameters of its own
             mode.owners = {id(p): _join(self.path, n.rpartition(".")[0]) for n, p in module.named_parameters()}
         try:
             if mode.depth:
                 return forward(*args, **kwargs)
-            return self._outermost(forward, args, kwargs)
+            return self._outermost(module, forward, args, kwargs)
         finally:
             mode.path = outer
 
-    def _outermost(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _outermost(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         mode = self.mode
         recomputing = False
         compiling = torch.compiler.is_compiling()
@@ -173,14 +187,23 @@ class Scope:
         hooks = mode.table.hooks
         watching, hooks.watching = hooks.watching, hooks.watching and torch.is_grad_enabled()
         mode.table.scales.training = torch.is_grad_enabled()
+        keeps = mode.table.saves or mode.kept is not None
         try:
-            with mode:
+            with mode, saving(mode, module) if keeps and not recomputing else nullcontext():
                 out = forward(*args, **kwargs)
         finally:
             mode.depth = 0
             mode.recording = recording
             hooks.watching = watching
         return out if recomputing else pytree.tree_map_only(Tensor, _to_float32, out)
+
+
+@torch._dynamo.disable  # type: ignore[untyped-decorator]  # raised while tracing, it would only make Dynamo run the model as it is
+def _refuse_compiled() -> None:
+    raise ConfigError(
+        "a compiler decides itself what it keeps for the backward pass, so saved rules cannot be followed in compiled "
+        "code; drop those rules or torch.compile"
+    )
 
 
 def _check_surroundings(mode: SiteMode, recomputing: bool) -> None:

@@ -71,9 +71,21 @@ def _rows_of(seen: Seen, table: Table) -> Iterator[SiteRow]:
                 yield row(role, shape, kept, "kernel")
     elif seen.kind == "compute":
         yield row("compute", seen.out, table.compute_format(seen.path).name, "native")
+        yield from _saved(seen, table)
     else:
         name = str(seen.dtype).removeprefix("torch.")
         yield SiteRow(f"{seen.path}:op {seen.kind}", seen.shapes[0], name, "not covered", 0, seen.calls)
+        yield from _saved(seen, table)
+
+
+def _saved(seen: Seen, table: Table) -> Iterator[SiteRow]:
+    """How what an operation keeps for the backward pass is kept; the shape is that of its first operand."""
+    spec = table.saved(seen.path)
+    if spec is not None:
+        shape = seen.shapes[0]
+        yield SiteRow(
+            f"{seen.path}:saved", shape, str(spec), "stored", ceil(prod(shape) * spec.fmt.bits / 8), seen.calls
+        )
 
 
 def _product_route(spec: SiteSpec, role: str, seen: Seen) -> str:

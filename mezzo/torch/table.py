@@ -226,12 +226,15 @@ class Table:
         self._products: dict[tuple[str, int], SiteSpec] = {}
         self._attention: dict[tuple[str, int], SiteSpec] = {}
         self._compute: dict[str, torch.dtype] = {}
+        self._saved: dict[str, Spec | None] = {}
+        self.saves = any("saved" in rule.roles() for rule in self.rules)
 
     def resolve(self, paths: Iterable[str]) -> None:
         """Look all of `paths` up now: a compiler that met the look-up inside of a model would trace it."""
         calls = {0, *(int(rule.path.partition("#")[2]) for rule in self.rules if rule.by_call)}
         for path in paths:
             self.compute(path)
+            self.saved(path)
             for call in calls:
                 self.product(path, call)
                 self.attention(path, call)
@@ -269,6 +272,15 @@ class Table:
                 raise ConfigError(f"{path}:compute={fmt}: {fmt} is a format for operands of products; use float32")
             self._compute[path] = carrier(fmt)
         return self._compute[path]
+
+    def saved(self, path: str) -> Spec | None:
+        """How operations at `path` that are no products keep tensors for the backward pass; None: as they are."""
+        if path not in self._saved:
+            spec = find(self.rules, Site(path, "saved")) if self.saves else None
+            if spec is not None and (spec.fmt.name == "tf32" or not (spec.fmt.name in CARRIERS or packs(spec.fmt))):
+                raise ConfigError(f"{path}:saved={spec} saves no memory; take bfloat16, or a format of 8 bits")
+            self._saved[path] = None if spec is None or spec.fmt.name in ("float32", "float64") else spec
+        return self._saved[path]
 
     def master(self, path: str) -> Spec:
         """How the weights of `path` are stored."""

@@ -155,9 +155,12 @@ def test_a_shorthand_speaks_of_its_tensor_in_every_product_and_of_nothing_else(n
     assert {role for role in ROLES if rule.matches(Site("a", role))} == set(SHORTHANDS[name])
 
 
-def test_every_recipe_speaks_of_every_role_but_the_probabilities():
+def test_every_recipe_speaks_of_every_role_but_the_probabilities_and_what_is_saved():
     for name in RECIPES:
-        assert {role for role in ROLES if Policy.parse(name).format(Site("x", role)) is None} == {"fprop.probs"}
+        assert {role for role in ROLES if Policy.parse(name).format(Site("x", role)) is None} == {
+            "fprop.probs",
+            "saved",
+        }
 
 
 @pytest.mark.parametrize(
