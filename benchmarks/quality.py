@@ -50,9 +50,10 @@ def _everywhere(fmt: str) -> str:
 
 
 ARMS = {
-    "fp32": Arm("fp32", 8),
+    "fp32": Arm("fp32", 16),
     "control": Arm("fp32", 8, perturbed=True),
-    **{name: Arm(name, 8) for name in ("bf16", "fp16", "fp8", "mxfp8", "nvfp4")},
+    **{name: Arm(name, 8) for name in ("bf16", "fp16", "nvfp4")},
+    **{name: Arm(name, 16) for name in ("fp8", "mxfp8")},  # undecided after 8
     **{name: Arm(name) for name in ("fp64", "tf32", "bf16-pure", "bf16-pure-kahan", "bf16-pure-split", "fp8-row",
                                     "fp8-block", "mxfp4")},
     "fp8 delayed": Arm("; ".join(["fp8", *(f"*:{role}={fmt}@tensor delayed" for role, fmt in zip(
