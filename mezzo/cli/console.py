@@ -46,7 +46,8 @@ def describe(info: Record) -> str:
         f"training  {info['steps']:,} steps, {info['tokens']:,} tokens: {epochs:.1f} times the text, "
         f"{info['tokens'] / info['parameters']:.1f} for each parameter\n"
         f"policy    {info['policy']}   ({routes} on {info['device']})\n"
-        f"text      {text}\n"
+        + "".join(f"phases    {line}\n" for line in info["phases"])
+        + f"text      {text}\n"
         f"run       {info['run']}" + "".join(f"\nadvice    {advice}" for advice in info["advice"])
     )
 
@@ -64,9 +65,11 @@ class Progress(Listener):
         self.begin = self.last_line = 0.0
         self.loss: float | None = None
         self.val_loss: float | None = None
+        self.phase, self.phases = 1, 0
 
     def started(self, info: Record) -> None:
         self.steps, self.first = info["steps"], info["first_step"]
+        self.phases = len(info["phases"])
         self.message(describe(info))
         if self.first:
             self.message(f"resumed   after step {self.first:,}")
@@ -81,6 +84,7 @@ class Progress(Listener):
         elif self.loss is None or math.isfinite(record["loss"]):
             self.loss = record["loss"]
         self.val_loss = record.get("val_loss", self.val_loss)
+        self.phase = record.get("phase", 1)
         line = self.line(record)
         if record["skipped"]:
             self.message(f"step {record['step']:,} skipped: nonfinite at {record['site']}, loss scale was "
@@ -102,8 +106,9 @@ class Progress(Listener):
         mfu = f"  mfu {record['mfu']:.0%}" if record["mfu"] is not None else ""
         val = "" if self.val_loss is None else f"  val {self.val_loss:.4f}"
         label = f"{self.label}  " if self.label else ""
+        phase = f"phase {self.phase}/{self.phases}  " if self.phases else ""
         return (
-            f"{label}step {step:>{len(str(self.steps))}}/{self.steps}  loss {self.loss:.4f}{val}  "
+            f"{label}{phase}step {step:>{len(str(self.steps))}}/{self.steps}  loss {self.loss:.4f}{val}  "
             f"{record['tokens_per_s']:,.0f} tok/s{mfu}  {size(record['memory'])}  {clock(left)} left"
         )
 

@@ -21,40 +21,49 @@ def sites(source: str, policy: str | None, as_json: bool) -> None:
     """What every tensor of every layer is rounded to, and how it is carried out on this machine.
 
     Shapes and bytes are those of one call with the config's batch; a site that is met several times says so. Below the
-    table: what to know before training.
+    table: what to know before training. A run with phases has a table for each: the sites that change there.
 
     \b
     Examples:
       mezzo sites runs/first
       mezzo sites config.toml --policy "bf16; head:*=float32" --json
     """
-    precision = _preview(source, policy)
-    rows = precision.sites()
+    phases = _previews(source, policy)
     if as_json:
-        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        tables = [[asdict(row) for row in one.sites()] for one in phases]
+        click.echo(json.dumps(tables[0] if len(tables) == 1 else tables, indent=2))
         return
     from rich.table import Table
 
     from mezzo.cli.console import size
     from mezzo.cli.formats import table_console
 
-    table = Table("site", "shape", "format", "route", "bytes in format", box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        shape = "×".join(map(str, row.shape)) + (f"  ({row.calls} calls)" if row.calls > 1 else "")
-        table.add_row(row.site, shape, row.format, row.route, size(row.bytes) if row.bytes else "")
     console = table_console()
-    console.print(table)
-    for text in precision.advice():
-        console.print(f"\n{text}", soft_wrap=True)
+    for number, precision in enumerate(phases, 1):
+        title = f"phase {number} of {len(phases)}: {precision.policy}" if len(phases) > 1 else None
+        table = Table("site", "shape", "format", "route", "bytes in format", box=None, pad_edge=False,
+                      header_style="bold", title=title, title_justify="left")  # fmt: skip
+        before = {row.site: row for row in phases[number - 2].sites()} if number > 1 else {}
+        for row in precision.sites():
+            if before.get(row.site) != row:
+                shape = "×".join(map(str, row.shape)) + (f"  ({row.calls} calls)" if row.calls > 1 else "")
+                table.add_row(row.site, shape, row.format, row.route, size(row.bytes) if row.bytes else "")
+        console.print(table)
+        if number > 1:
+            console.print("all other sites are as in the phase before", style="dim")
+        for text in precision.advice():
+            console.print(f"\n{text}", soft_wrap=True)
 
 
-def _preview(source: str, policy: str | None) -> Precision:
+def _previews(source: str, policy: str | None) -> list[Precision]:
+    """One for each phase."""
     from mezzo.train.config import load
-    from mezzo.train.preview import preview
+    from mezzo.train.preview import policies, preview
     from mezzo.train.rundir import RunDir
     from mezzo.train.session import choose_device
     from mezzo.train.stored import read_config
 
     path = Path(source)
     config = read_config(RunDir.open(path)) if path.is_dir() else load(path)
-    return preview(config, choose_device(config.train.device), policy)
+    device = choose_device(config.train.device)
+    return [preview(config, device, one) for one in ([policy] if policy is not None else policies(config))]

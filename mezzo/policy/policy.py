@@ -22,7 +22,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import tomli_w
@@ -157,6 +157,11 @@ class Policy:
                     if value != usual[key]
                 ]
         return "; ".join(parts)
+
+    def with_rules(self, *rules: Rule) -> Policy:
+        """This policy with more rules; one for a site that has a rule already takes its place."""
+        sites = {rule.site for rule in rules}
+        return replace(self, rules=(*(rule for rule in self.rules if rule.site not in sites), *rules))
 
     def all_rules(self) -> tuple[Rule, ...]:
         """The recipe's rules, then the policy's own."""

@@ -2,6 +2,7 @@
 
 from mezzo.torch.cpu16 import FastCpu, fast_cpu
 from mezzo.torch.hadamard import hadamard
+from mezzo.torch.phases import Phases
 from mezzo.torch.precision import Precision
 from mezzo.torch.prune import Pruner
 from mezzo.torch.quantize import quantize
@@ -10,4 +11,15 @@ from mezzo.torch.step import Step
 
 CONTRACT = 1  # version of the numerics contract, docs/numerics.md
 
-__all__ = ["CONTRACT", "FastCpu", "Precision", "Pruner", "SiteRow", "Step", "fast_cpu", "hadamard", "quantize"]
+__all__ = [
+    "CONTRACT",
+    "FastCpu",
+    "Phases",
+    "Precision",
+    "Pruner",
+    "SiteRow",
+    "Step",
+    "fast_cpu",
+    "hadamard",
+    "quantize",
+]

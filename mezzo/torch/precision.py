@@ -24,6 +24,7 @@ from mezzo.torch.rounding import carrier
 from mezzo.torch.scales import Scales
 from mezzo.torch.sites import SiteRow, rows
 from mezzo.torch.step import Step
+from mezzo.torch.switch import same_storage
 from mezzo.torch.table import Hooks, Table, Tap
 
 
@@ -85,7 +86,7 @@ class Precision:
         self._tables: dict[str, Table] = {}
         self.scales = Scales(seed, self.device, self.policy.loss_scaling)
         refuse_attached(model)
-        table = self._table(self.policy)
+        table = self.table(self.policy)
         self.compact = Compact(model, table, self.optimizers, seed)
         _make_masters(model, table, self.optimizers, self.compact)
         self.mode = attach(model, table)
@@ -93,7 +94,7 @@ class Precision:
         self._seen: dict[tuple[str, str], Seen] = self.mode.recording
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.last: Step | None = None
-        self._scaled = False  # whether there are gradients of a loss that was scaled
+        self.scaled = False  # whether there are gradients of a loss that was scaled
         self.steps = self.skipped = self.bad_run = 0
         kept = model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._buffer_names = sorted(name for name, _ in model.named_buffers() if name in kept)
@@ -116,7 +117,7 @@ class Precision:
         with float32_kernels("tf32" if tf32 else "float32", self.device):
             loss.mul(self.scales.loss.scale).backward()
         self.scales.draws += 1
-        self._scaled = True
+        self.scaled = True
 
     def step(self) -> Step:
         """Unscale, clip, skip if a gradient is not finite, update, zero the gradients.
@@ -131,12 +132,12 @@ class Precision:
         owned = [p for o in self.optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
         if not owned:
             raise ConfigError("step() found no gradient; call precision.backward(loss) first")
-        if self.policy.loss_scaling is not None and not self._scaled:
+        if self.policy.loss_scaling is not None and not self.scaled:
             raise ConfigError(
                 "step() divides gradients by the loss scale, and these do not come from precision.backward(loss); call "
                 "that instead of loss.backward()"
             )
-        self._scaled = False
+        self.scaled = False
         grads = [p.grad for p in owned if p.grad is not None]
         if any(g.is_sparse for g in grads):
             raise ConfigError("step() cannot unscale sparse gradients; make the embeddings with sparse=False")
@@ -177,11 +178,11 @@ class Precision:
     def _roll_back_buffers(self, overflow: Tensor) -> None:
         """A skipped step leaves no trace in running statistics either."""
         with torch.no_grad():
-            for name, buffer in self._buffers():
+            for name, buffer in self.buffers():
                 buffer.copy_(torch.where(overflow, self._kept[name], buffer))
                 self._kept[name].copy_(buffer)
 
-    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The persistent buffers as they are now: modules may put a new tensor in a buffer's place."""
         for name in self._buffer_names:
             buffer = self.model.get_buffer(name)
@@ -192,7 +193,7 @@ class Precision:
         self.compact.forget()
 
     def _keep_buffers(self) -> None:
-        self._kept = {name: buffer.clone() for name, buffer in self._buffers()}
+        self._kept = {name: buffer.clone() for name, buffer in self.buffers()}
 
     def _finish_last(self) -> None:
         """Act on the outcome of the step before: schedulers, the search for the site, the end of patience."""
@@ -233,13 +234,47 @@ class Precision:
     def using(self, policy: str | Policy) -> Iterator[None]:
         """Run the model under another policy's formats for a while; masters and loss scale stay."""
         outer = self.mode.table
-        self.mode.table = self._table(Policy.of(policy))
+        self.mode.table = self.table(Policy.of(policy))
         try:
             yield
         finally:
             self.mode.table = outer
 
-    def _table(self, policy: Policy) -> Table:
+    def switch(self, policy: str | Policy, loss_scale: float | None = None) -> None:
+        """Go on training under another policy, between two steps. Weights, moments and every scale are handed over.
+
+        A loss scale and delayed scales that this policy had before go on where they stopped; delayed scales of formats
+        that it shares with the policy before go on too.
+
+        policy        stores weights and moments as the one before did
+        loss_scale    begin with this one, if the policy has dynamic loss scaling
+        raises        ConfigError if it does not, cannot be carried out, or there are gradients of a scaled loss
+        """
+        policy = Policy.of(policy)
+        if self.mode.table is not self.table(self.policy):
+            raise ConfigError("switch() inside of using(): leave that first")
+        if self.scaled:
+            raise ConfigError("switch() with gradients of a scaled loss: call it after step(), not after backward()")
+        table = self.table(policy)
+        same_storage(self, policy, table)
+        self._finish_last()
+        self.scales.switch(policy.loss_scaling, loss_scale)
+        self.policy, self.mode.table, self.bad_run = policy, table, 0
+        self.hooks.watching = self._always_watches
+
+    def prepare(self, policy: str | Policy) -> None:
+        """Make the table of a policy that `switch` will ask for.
+
+        raises    ConfigError as `switch`
+        """
+        policy = Policy.of(policy)
+        same_storage(self, policy, self.table(policy))
+
+    def table(self, policy: Policy) -> Table:
+        """The policy resolved against this model; made once.
+
+        raises    ConfigError if it cannot be carried out
+        """
         key = str(policy)
         if key not in self._tables:
             paths = [path or ROOT for path, _ in self.model.named_modules()]
@@ -300,7 +335,11 @@ class Precision:
     @property
     def routes(self) -> dict[str, str]:
         """Format → "native" or "emulated" on this machine, for the formats the policy names; goes into manifests."""
-        formats = {rule.fmt.name: rule.fmt for rule in self.policy.all_rules()}
+        return self.routes_of(self.policy)
+
+    def routes_of(self, policy: Policy) -> dict[str, str]:
+        """As `routes`, of another policy."""
+        formats = {rule.fmt.name: rule.fmt for rule in policy.all_rules()}
         return {name: self.hardware.route(formats[name])[0] for name in sorted(formats)}
 
     # --- state ---

@@ -10,6 +10,8 @@ from torch import Tensor
 from mezzo.policy import LossScaling, ScaleState
 from mezzo.policy.scale import initial, update
 
+SCALE_KEYS = ("scale", "good", "bad", "at_floor")  # of a state_dict
+
 
 class LossScaler:
     """Holds the scale as tensors and moves it by `mezzo.policy.scale.update`.
@@ -40,11 +42,16 @@ class LossScaler:
         if self.scaling is not None:
             self.state = update(self.scaling, self.state, overflow, torch.where)
 
+    def begin(self, scale: float) -> None:
+        """Start anew from a scale that was measured, kept between floor and ceiling."""
+        if self.scaling is not None:
+            self.state = self._on_device(min(max(scale, self.scaling.floor), self.scaling.ceiling), 0, 0, 0)
+
     def state_dict(self) -> dict[str, Tensor]:
         s = self.state
-        return {"scale": s.scale, "good": s.good, "bad": s.bad, "at_floor": s.at_floor}
+        return {key: getattr(s, key) for key in SCALE_KEYS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.scaling is None:
             return  # saved under a policy that scales the loss
-        self.state = self._on_device(*(state[key].item() for key in ("scale", "good", "bad", "at_floor")))
+        self.state = self._on_device(*(state[key].item() for key in SCALE_KEYS))

@@ -18,9 +18,10 @@ from mezzo.formats import AnyFormat
 from mezzo.formats.blocks import MIN_SCALE, max_scale
 from mezzo.policy import LossScaling, Site, Spec, amax
 from mezzo.policy.site import SHORTHANDS
-from mezzo.torch.scaler import LossScaler
+from mezzo.torch.scaler import SCALE_KEYS, LossScaler
 
 PREFIX = "amax."  # of the names in a state_dict
+LOSS_PREFIX = "loss_scale."  # the same, of loss scales that wait for their policy to come back
 
 
 @dataclass
@@ -47,6 +48,8 @@ class Scales:
     def __init__(self, seed: int, device: torch.device, loss_scaling: LossScaling | None = None) -> None:
         self.seed, self.device = seed, device
         self.loss = LossScaler(loss_scaling, device)
+        self._losses = {loss_scaling: self.loss}  # of the policies so far: each goes on where it stopped
+        self._saved_losses: dict[str, Tensor] = {}
         self.draws = torch.zeros((), dtype=torch.int64, device=device)
         self.training = True
         self.rows: dict[str, int] = {}
@@ -96,17 +99,37 @@ class Scales:
         top = spec.fmt.element.max  # type: ignore[union-attr]  # Spec lets only scaled formats be delayed
         return torch.ops.mezzo.delayed_scale(x, self.seen, self.wanted, row, note, top)  # type: ignore[no-any-return]
 
+    def switch(self, loss_scaling: LossScaling | None, scale: float | None = None) -> None:
+        """Go on with another loss scale; one that was used before goes on where it stopped.
+
+        scale    measured: begin with this one
+        """
+        before = self.loss.scale
+        if loss_scaling not in self._losses:
+            self._losses[loss_scaling] = LossScaler(loss_scaling, self.device)
+            saved = {key: self._saved_losses.pop(_loss_name(loss_scaling, key), None) for key in SCALE_KEYS}
+            if all(value is not None for value in saved.values()):
+                self._losses[loss_scaling].load_state_dict(saved)
+        self.loss = self._losses[loss_scaling]
+        if scale is not None:
+            self.loss.begin(scale)
+        self._rescale(self.loss.scale / before, self.history)
+
+    def _rescale(self, factor: Tensor, history: Tensor) -> None:
+        """Take `history` over; gradients of the next step carry a loss scale that changed by this factor."""
+        if self.rows:
+            change = torch.where(self._gradients, factor, torch.ones_like(factor))
+            self.history.copy_(history * change[:, None])
+            self._decide()
+
     def step(self, skipped: Tensor) -> None:
         """Move the loss scale, and remember the amax seen since the last step, unless it was skipped."""
         before = self.loss.scale
         self.loss.update(skipped)
         if self.rows:
             history = torch.where(skipped, self.history, amax.remember(self.history, self.seen, torch))
-            # Gradients of the next step carry the new loss scale, and so must what is remembered of them.
-            change = torch.where(self._gradients, self.loss.scale / before, torch.ones_like(self.loss.scale))
-            self.history.copy_(history * change[:, None])
             self.seen.zero_()
-            self._decide()
+            self._rescale(self.loss.scale / before, history)
 
     def _decide(self) -> None:
         """The scales for the next step; 0 where nothing was seen yet."""
@@ -121,12 +144,18 @@ class Scales:
         found = dict(self._saved)
         for name, row in self.rows.items():
             found[PREFIX + name] = self.history[row, : self._specs[row].delayed].clone()
-        return self.loss.state_dict() | found | {"draws": self.draws.clone()}
+        others = dict(self._saved_losses)
+        for scaling, scaler in self._losses.items():
+            if scaler is not self.loss and scaling is not None:
+                others |= {_loss_name(scaling, key): value for key, value in scaler.state_dict().items()}
+        return self.loss.state_dict() | others | found | {"draws": self.draws.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave; a site under a spec that it does not name begins anew."""
         self.loss.load_state_dict(state)
         self.load_lasting(state)
+        self._losses = {self.loss.scaling: self.loss}
+        self._saved_losses = {name: tensor for name, tensor in state.items() if name.startswith(LOSS_PREFIX)}
 
     def load_lasting(self, state: dict[str, Tensor]) -> None:
         """All but the loss scale, which another policy begins anew."""
@@ -143,6 +172,11 @@ class Scales:
         found = self._saved.pop(PREFIX + name, None)
         if found is not None:
             self.history[self.rows[name], : len(found)] = found.to(self.device)
+
+
+def _loss_name(scaling: LossScaling | None, key: str) -> str:
+    numbers = () if scaling is None else scaling.to_dict().values()
+    return f"{LOSS_PREFIX}{','.join(map(str, numbers))}.{key}"
 
 
 def row_name(site: Site, spec: Spec) -> str:

@@ -75,7 +75,7 @@ class SiteSpec:
         self.part = part
         self.path, self.call, self.specs, self.hooks, self.scales, self.shown = path, call, specs, hooks, scales, shown
         # Looked up now: Dynamo cannot write a Site's name.
-        self._rows = {role: scales.rows[row_name(self._site(role), s)] for role, s in specs.items() if s.delayed}
+        self.rows = {role: scales.rows[row_name(self._site(role), s)] for role, s in specs.items() if s.delayed}
         self.formats = formats = {role: spec.fmt for role, spec in specs.items()}
         self.acc = torch.float64 if any(f.name == "float64" for f in formats.values()) else torch.float32
         self.native = native
@@ -143,7 +143,7 @@ class SiteSpec:
     def delayed_scale(self, role: str, x: Tensor) -> Tensor:
         """The scale that the steps before give `role`; notes the amax of `x` for the steps to come."""
         noted = self.scales.training or not role.startswith("fprop")
-        return self.scales.scale(self._rows[role], x, self.specs[role], noted)
+        return self.scales.scale(self.rows[role], x, self.specs[role], noted)
 
     def tell(self, role: str, before: Tensor, after: Tensor) -> None:
         """Hand a rounding to whoever listens."""
@@ -238,6 +238,16 @@ class Table:
             for call in calls:
                 self.product(path, call)
                 self.attention(path, call)
+
+    def delayed_rows(self) -> dict[Site, int]:
+        """Sites with delayed scales → their rows in `scales`; those behind a Hadamard transform left out."""
+        found = (*self._products.values(), *self._attention.values())
+        return {
+            Site(spec.path, role, spec.call): row
+            for spec in found
+            for role, row in spec.rows.items()
+            if not spec.specs[role].hadamard
+        }
 
     def product(self, path: str, call: int) -> SiteSpec:
         return self._spec(self._products, PRODUCT_ROLES, path, call)

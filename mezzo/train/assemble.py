@@ -12,10 +12,11 @@ from mezzo.train.config import Config
 def make_precision(model: nn.Module, optimizer: Optimizer, config: Config) -> Precision:
     """raises    ConfigError if the policy cannot be carried out on this model, or the model cannot be pruned"""
     t = config.train
+    schedule = config.schedule()
     return Precision(
         model,
         optimizer,
-        config.resolved_policy(),
+        config.resolved_policy() if schedule is None else schedule.phases[schedule.start().index].policy,
         max_norm=t.clip or None,  # 0 clips nothing
         max_value=t.clip_value or None,
         adaptive=t.clip_adaptive or None,

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mezzo.errors import ConfigError
 from mezzo.models.shapes import GPTConfig, preset
-from mezzo.policy import Policy
+from mezzo.policy import Phase, Policy, Schedule
+from mezzo.policy.phases import named
+from mezzo.policy.trigger import trigger
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -96,24 +98,74 @@ class TrainSection(_Section):
     deterministic: bool | None = None
 
 
+class PhaseSection(_Section):
+    """[[phase]]: one part of the run; its policy is the config's unless it names another, with `rules` on top."""
+
+    policy: str | dict[str, Any] | None = None
+    rules: str | None = None  # SITE=FORMAT; …
+    lr: Annotated[float, Field(gt=0)] = 1.0
+    until: int | float | None = None
+    when: dict[str, Any] | None = None
+    calibrate: bool = False
+
+    def resolve(self, base: Policy) -> Phase:
+        policy = base if self.policy is None else _policy(self.policy)
+        if self.rules is not None:
+            policy = policy.with_rules(*Policy.parse(f"fp32; {self.rules}").rules)
+        return Phase(policy, self.lr, self.until, None if self.when is None else trigger(self.when), self.calibrate)
+
+
 class Config(_Section):
     """Everything needed to run it again."""
 
     policy: str | dict[str, Any] = "bf16"
+    phase: str | tuple[PhaseSection, ...] | None = None
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
 
     def resolved_policy(self) -> Policy:
-        return Policy.parse(self.policy) if isinstance(self.policy, str) else Policy.from_dict(self.policy)
+        return _policy(self.policy)
+
+    def schedule(self) -> Schedule | None:
+        """The run's phases; None if it has one policy throughout.
+
+        raises    ConfigError on phases that overlap, never end or leave steps without a policy
+        """
+        if self.phase is None:
+            return None
+        base = self.resolved_policy()
+        if isinstance(self.phase, str):
+            return Schedule(named(self.phase, base), self.train.steps)
+        found = []
+        for number, section in enumerate(self.phase, 1):
+            try:
+                found.append(section.resolve(base))
+            except ConfigError as error:
+                raise ConfigError(f"phase {number}: {error}") from error
+        return Schedule(tuple(found), self.train.steps)
 
     def self_contained(self) -> Config:
         """The same config with its policy as it is now, spelled out: it names no recipe's file any more."""
-        policy = self.resolved_policy()
-        return self.model_copy(update={"policy": str(policy) if isinstance(self.policy, str) else policy.to_dict()})
+        phases = self.phase
+        if isinstance(phases, tuple):
+            phases = tuple(
+                one if one.policy is None else one.model_copy(update={"policy": _spelled_out(one.policy)})
+                for one in phases
+            )
+        return self.model_copy(update={"policy": _spelled_out(self.policy), "phase": phases})
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def _policy(given: str | dict[str, Any]) -> Policy:
+    return Policy.parse(given) if isinstance(given, str) else Policy.from_dict(given)
+
+
+def _spelled_out(given: str | dict[str, Any]) -> str | dict[str, Any]:
+    policy = _policy(given)
+    return str(policy) if isinstance(given, str) else policy.to_dict()
 
 
 def load(path: str | Path | None = None, settings: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Config:
@@ -145,8 +197,11 @@ def parse(data: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(_tuples(data))
     except ValidationError as error:
-        raise ConfigError("; ".join(dict.fromkeys(_explain(dict(e)) for e in error.errors()))) from None
+        raise ConfigError(
+            "; ".join(dict.fromkeys(text for e in error.errors() if (text := _explain(dict(e)))))
+        ) from None
     config.model.resolve()
+    config.schedule()
     _check_pruning(config.train)
     return config.self_contained()
 
@@ -191,13 +246,25 @@ def _tuples(value: Any) -> Any:
     """TOML has lists only, and whole numbers where a float was meant; strict checking wants tuples."""
     if isinstance(value, Mapping):
         return {k: _tuples(v) if k != "policy" else v for k, v in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _explain(error: dict[str, Any]) -> str:
     where = [str(part) for part in error["loc"]]
     if where[0] == "policy":  # pydantic tells of each form that it might have had
         return f"policy: a string such as bf16, or a table with recipe, rule, loss_scale; got {error['input']!r}"
+    if where[0] == "phase":
+        if len(where) < 3:
+            if isinstance(error["input"], (list, tuple)):
+                return ""  # no name; what is wrong with which phase is told beside this
+            return f"phase: the name of a schedule such as dmp, or a list of [[phase]]; got {error['input']!r}"
+        key = ".".join([f"phase {int(where[2]) + 1}", *where[3:4]])
+        if error["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(where[3], PhaseSection.model_fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(PhaseSection.model_fields)}"
+            return f"unknown key {where[3]!r} in {key.partition('.')[0]}; {hint}"
+        wanted = "a step, or a share of the run with a point" if where[3:4] == ["until"] else error["msg"]
+        return f"{key}: {wanted}, got {error['input']!r}"
     key = ".".join(where)
     if error["type"] == "extra_forbidden":
         section: Any = Config

@@ -27,6 +27,7 @@ class Trains(Protocol):
 class Loop:
     """One run of training, from step `first` on.
 
+    model       x, y → loss, 0-d
     batch_at    (step, micro) → x, y as int64 arrays (B, T); a pure function
     rate_at     step → learning rate
     each_step   called as (step, record) between the record's making and its handing out, at a step boundary:
@@ -34,7 +35,7 @@ class Loop:
     stop        asked after each step; true ends the run early
     """
 
-    model: nn.Module
+    model: Callable[[Tensor, Tensor], Tensor]
     precision: Trains
     optimizer: torch.optim.Optimizer
     batch_at: Callable[[int, int], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]

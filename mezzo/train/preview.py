@@ -7,11 +7,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mezzo import hardware
 from mezzo.models.gpt_torch import GPT
+from mezzo.policy import Policy
 from mezzo.torch import Precision
 from mezzo.train.config import Config
 
 
-def preview(config: Config, device: torch.device, policy: str | None = None) -> Precision:
+def preview(config: Config, device: torch.device, policy: str | Policy | None = None) -> Precision:
     """A Precision that has seen one forward pass of a batch, made of tensors without data: ask it for sites and advice.
 
     policy    another policy than the config's
@@ -24,3 +25,21 @@ def preview(config: Config, device: torch.device, policy: str | None = None) -> 
         idx = torch.zeros(config.train.batch, shape.seq_len, dtype=torch.int64)
         precision.sites(idx, idx)
     return precision
+
+
+def policies(config: Config) -> list[Policy]:
+    """Those of the config's phases in order, or its one policy."""
+    schedule = config.schedule()
+    return [config.resolved_policy()] if schedule is None else [phase.policy for phase in schedule.phases]
+
+
+def advice(config: Config, device: torch.device) -> list[str]:
+    """What to know before training, of every phase; what cannot train is an error here."""
+    found: dict[str, list[int]] = {}
+    of = policies(config)
+    for number, policy in enumerate(of, 1):
+        for text in preview(config, device, policy).advice():
+            found.setdefault(text, []).append(number)
+    if len(of) == 1:
+        return list(found)
+    return [f"phase {', '.join(map(str, numbers))}: {text}" for text, numbers in found.items()]

@@ -37,7 +37,8 @@ from mezzo.train.checkpoint import (
 from mezzo.train.config import Config
 from mezzo.train.listeners import Listener, Listeners, Record, RunLog, TensorBoard
 from mezzo.train.loop import Loop, evaluate
-from mezzo.train.preview import preview
+from mezzo.train.phased import PhasedRun
+from mezzo.train.preview import advice
 from mezzo.train.rundir import RunDir
 from mezzo.train.saver import BackgroundSaver, save
 from mezzo.train.schedule import learning_rate
@@ -110,7 +111,7 @@ class Session:
             corpus.train, batch=t.batch, seq_len=self.shape.seq_len, seed=t.seed, vocab_size=corpus.tokenizer.vocab_size
         )
         self.valid()  # a split shorter than a sequence is an error now, not at the first evaluation
-        self.advice = preview(config, self.device).advice()  # what cannot train is an error before anything is made
+        self.advice = advice(config, self.device)  # what cannot train is an error before anything is made
         self.peak_flops = hardware.measure_peak(self.device.type)
         memory.reset_peak(self.device)
         self.resting = memory.in_use(self.device)
@@ -119,6 +120,9 @@ class Session:
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, config)
         self.precision = make_precision(self.model, self.optimizer, config)
+        self.first = 0
+        self._running: Any = self.model
+        self.phased = PhasedRun(self.precision, config, self._probe, self._held_out)
         tensorboard = [TensorBoard(run.path / "tensorboard")] if t.tensorboard else []
         self.listener = Listeners([RunLog(run), *tensorboard, listener])
         self._outer_determinism = torch.are_deterministic_algorithms_enabled()
@@ -126,10 +130,9 @@ class Session:
             t.deterministic if t.deterministic is not None else self.device.type == "cpu"
         )
         self.environment = environment(
-            device=self.device, route=self.precision.routes, contract=CONTRACT, compile=t.compile
+            device=self.device, route=self.phased.routes(), contract=CONTRACT, compile=t.compile
         )
         torch.manual_seed(t.seed)  # only now: nothing above may move what training draws from
-        self.first = 0
         self._stopping = False
         self._valid_bytes: int | None = None
 
@@ -189,6 +192,8 @@ class Session:
             raise CheckpointError(f"{checkpoint.path} was not written by `mezzo train`: it has no {', '.join(missing)}")
         copy_into(self.model.state_dict(), checkpoint.load_group("model"), "model")
         load_optimizer(self.optimizer, checkpoint.load_group("optimizer"), meta["optimizer"])
+        if changed := self.phased.load(meta.get("phases"), checkpoint.step):
+            self.listener.message(changed)
         for message in restore(self.precision, checkpoint.load_group("precision"), meta["policy"]):
             self.listener.message(message)
         torch.set_rng_state(checkpoint.load_group("rng")["torch"])
@@ -211,9 +216,11 @@ class Session:
             on_saved=lambda step, path: self.listener.message(f"saved {path}"),
             on_failure=lambda step, error: self.listener.message(f"NOT SAVED: {error}"),
         )
-        model = torch.compile(self.model) if t.compile else self.model
+        if t.compile:
+            self._running = torch.compile(self.model)
+            self.phased.warm()  # every phase is compiled before the first step
         loop = Loop(
-            model=model,  # type: ignore[arg-type]
+            model=self._run_model,
             precision=self.precision,
             optimizer=self.optimizer,
             batch_at=lambda step, micro: self.batches.batch_at(step, micro, t.accumulate),
@@ -243,16 +250,29 @@ class Session:
             self.listener.ended(outcome)
             self.close()
 
+    def _run_model(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The loss; uncompiled while a phase calibrates, since compiled code tells of no rounding."""
+        return (self.model if self.phased.calibrates else self._running)(x, y)  # type: ignore[no-any-return]
+
+    def _probe(self) -> torch.Tensor:
+        """The loss of the next step's first batch."""
+        arrays = self.batches.batch_at(self.first, 0, self.config.train.accumulate)
+        x, y = (torch.from_numpy(a).to(self.device) for a in arrays)
+        return self._running(x, y)  # type: ignore[no-any-return]
+
+    def _held_out(self) -> float:
+        return evaluate(self.model, self.valid(), self.device)[0]
+
     def _rate(self, step: int) -> float:
         t = self.config.train
-        return learning_rate(
+        return self.phased.lr * learning_rate(
             step, steps=t.steps, peak=t.lr, warmup=t.warmup, kind=t.schedule, min_lr=t.min_lr, decay=t.decay
         )
 
     def _due(self, step: int) -> bool:
         t = self.config.train
         every = [t.checkpoint_every, t.eval_every, *([t.sample_every] if t.sample_every else [])]
-        return any(step % n == 0 for n in every)
+        return any(step % n == 0 for n in every) or self.phased.ends_at(step)
 
     def _each_step(self, step: int, record: Record, saver: BackgroundSaver) -> None:
         t = self.config.train
@@ -265,6 +285,8 @@ class Session:
                 record["sample"] = self.sample(t.sample_prompt)
             except NonfiniteError as error:  # whether training can go on is not for a sample to say
                 self.listener.message(f"no sample: {error}")
+        if entered := self.phased.after(record):
+            self.listener.message(entered)
         if step % t.checkpoint_every == 0 and not last:
             if damaged := self._damaged():
                 self.listener.message(f"NOT SAVED at step {step:,}: {damaged} is not finite; older checkpoints stay")
@@ -303,6 +325,7 @@ class Session:
             "environment": self.environment,
             "corpus": self.corpus.sha256,
             "policy": str(self.precision.policy),
+            "phases": self.phased.state(),
             "saved_at": time.time(),
         }
 
@@ -354,8 +377,9 @@ class Session:
             "parameters": parameter_count(self.shape),
             "tokens": tokens,
             "policy": str(self.precision.policy),
+            "phases": self.phased.lines,
             "device": str(self.device),
-            "routes": self.precision.routes,
+            "routes": self.phased.routes(),
             "corpus": self.corpus.sha256,
             "train_tokens": len(self.corpus.train),
             "valid_tokens": len(self.corpus.valid),

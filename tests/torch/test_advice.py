@@ -249,7 +249,7 @@ def test_float8_that_is_native_is_not_called_emulated(monkeypatch):
     monkeypatch.setattr(hardware, "measure", lambda *_, **__: fast)
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 8))
     precision = Precision(model, None, "fp8; 1:*=bf16")
-    precision._table(precision.policy)
+    precision.table(precision.policy)
     for module, (out, into) in ((0, (32, 16)), (1, (8, 32))):
         precision._seen[(str(module), "linear")] = _linear(str(module), (64, into), (out, into))
     found = operands(precision._seen.values(), precision.mode.table)

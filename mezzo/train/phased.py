@@ -1,0 +1,155 @@
+"""The phases of a run: where it stands, what its triggers compare with, what goes into its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mezzo.errors import ConfigError, RunError
+from mezzo.policy import Phase, Schedule
+from mezzo.policy.trigger import Parts, Underflow, held_out
+from mezzo.torch import Phases, Precision
+from mezzo.train.config import Config
+from mezzo.train.listeners import Record
+from mezzo.train.rundir import RunDir
+
+Curve = tuple[tuple[int, float], ...]  # (step, held-out loss) in order
+
+
+class PhasedRun:
+    """A run's way through the phases of its config; a config without any is one phase.
+
+    loss, evaluate   as of `Phases`
+    raises           ConfigError if a phase cannot be carried out; RunError if a reference cannot be read
+    """
+
+    def __init__(
+        self, precision: Precision, config: Config, loss: Callable[[], Tensor], evaluate: Callable[[], float]
+    ) -> None:
+        schedule = config.schedule() or Schedule((Phase(precision.policy),), config.train.steps)
+        self.several = len(schedule.phases) > 1
+        if config.train.compile:
+            _refuse_uncounted(schedule)
+        self.references = reference_curves(schedule)
+        self.phases = Phases(precision, schedule.phases, schedule.steps, loss=loss, evaluate=evaluate)
+        self.lines = describe(schedule) if self.several else []
+
+    @property
+    def lr(self) -> float:
+        """Factor of the learning rate."""
+        return self.phases.lr
+
+    @property
+    def calibrates(self) -> bool:
+        return self.phases.phase.calibrate
+
+    def ends_at(self, step: int) -> bool:
+        return self.phases.ends_at(step)
+
+    def warm(self) -> None:
+        """Compile every phase now."""
+        self.phases.warm()
+
+    def after(self, record: Record) -> str | None:
+        """Take note of a step's record and add to it; returns what a person should read on entering a phase."""
+        if not self.several:
+            return None
+        if found := gaps(self.references, record):
+            record["reference_gap"] = found
+        record |= self.phases.after(record)
+        if "entered" not in record:
+            return None
+        return f"after step {record['step']:,}: {self.lines[record['entered'] - 1]}{_measured(record)}"
+
+    def routes(self) -> dict[str, str]:
+        """Format → route, of every phase."""
+        precision = self.phases.precision
+        found: dict[str, str] = {}
+        for phase in self.phases.schedule.phases:
+            found |= precision.routes_of(phase.policy)
+        return dict(sorted(found.items()))
+
+    # --- checkpoints ---
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint's manifest."""
+        return {"lines": self.lines, **self.phases.state_dict()} if self.several else {}
+
+    def load(self, state: dict[str, Any] | None, step: int) -> str | None:
+        """Go to where a checkpoint was taken; returns what a person should read if the phases are others now."""
+        if not self.several:
+            return None
+        if state and state["lines"] == self.lines:
+            self.phases.load_state_dict(state)
+            return None
+        position = self.phases.schedule.at(step)
+        self.phases.load_state_dict({**position.to_dict(), "step": step})
+        return f"the phases are not those of the checkpoint; the run goes on in phase {self.phases.number}"
+
+
+def describe(schedule: Schedule) -> list[str]:
+    """A line for each phase."""
+    lines = []
+    for number, (phase, end) in enumerate(zip(schedule.phases, schedule.ends, strict=True), 1):
+        ends = [f"to step {end:,}" if end is not None else "", f"until {phase.when}" if phase.when else ""]
+        till = " or ".join(filter(None, ends)) or "to the end"
+        extra = (f", learning rate × {phase.lr:g}" if phase.lr != 1 else "") + (
+            ", calibrates" if phase.calibrate else ""
+        )
+        lines.append(f"phase {number} of {len(schedule.phases)}, {phase.policy}, {till}{extra}")
+    return lines
+
+
+def _measured(record: Record) -> str:
+    found = record.get("calibration", {})
+    parts = []
+    if "val_loss_low" in found:
+        low, high = found["val_loss_low"], found["val_loss_high"]
+        parts.append(
+            f"held-out loss {low:.4f} under the policy before, {high:.4f} under this one ({low / high - 1:+.3%})"
+        )
+    if "gradient_cosine" in found:
+        parts.append(f"cosine of their gradients {found['gradient_cosine']:.5f}")
+    if "loss_scale" in found:
+        parts.append(f"loss scale measured: {found['loss_scale']:g}")
+    return "; at the same weights: " + ", ".join(parts) if parts else ""
+
+
+def _refuse_uncounted(schedule: Schedule) -> None:
+    for number, phase in enumerate(schedule.phases, 1):
+        if isinstance(phase.when, Underflow):
+            raise ConfigError(
+                f"phase {number}: underflow is counted while the model runs uncompiled; set train.compile = false, or "
+                "take another trigger"
+            )
+
+
+def reference_curves(schedule: Schedule) -> dict[str, Curve]:
+    """Held-out losses of the runs that triggers compare with, by run directory.
+
+    raises    RunError if a run does not exist or was never evaluated
+    """
+    curves: dict[str, Curve] = {}
+    for run in (phase.when.run for phase in schedule.phases if isinstance(phase.when, Parts)):
+        found = [(record["step"], held_out(record)) for record in RunDir.open(run).records()]
+        curves[run] = tuple((step, loss) for step, loss in found if loss is not None)
+        if not curves[run]:
+            raise RunError(f"the reference {run} was never evaluated: its steps.jsonl has no val_loss")
+    return curves
+
+
+def gaps(curves: dict[str, Curve], record: Record) -> dict[str, float]:
+    """How far a record's held-out loss is above each reference's at the same step, relative.
+
+    Between two evaluations of the reference the line between them counts; before its first and after its last there is
+    no gap.
+    """
+    loss, step, found = held_out(record), record["step"], {}
+    for run, curve in curves.items():
+        if loss is not None and curve[0][0] <= step <= curve[-1][0]:
+            steps, losses = [at for at, _ in curve], [value for _, value in curve]
+            found[run] = loss / float(np.interp(step, steps, losses)) - 1
+    return found
