@@ -10,6 +10,7 @@ from mezzo._version import __version__
 from mezzo.cli.demo import demo
 from mezzo.cli.formats import formats
 from mezzo.cli.generate import generate
+from mezzo.cli.parity import parity
 from mezzo.cli.probe import probe
 from mezzo.cli.recipes import recipes
 from mezzo.cli.sites import sites
@@ -30,13 +31,14 @@ def cli() -> None:
       mezzo train --resume runs/first                 go on where it stopped
       mezzo generate runs/first --prompt "def main("  continue a text
       mezzo sites runs/first                          what is rounded to what
+      mezzo parity config.toml --policy bf16          was anything lost? pairs of runs, a verdict
       mezzo recipes                                   what has a name: from fp64 to nvfp4
       mezzo formats nvfp4                             what a number format can hold
       mezzo probe                                     what this machine runs natively, and how fast
     """
 
 
-for _command in (demo, formats, generate, probe, recipes, sites, train):
+for _command in (demo, formats, generate, parity, probe, recipes, sites, train):
     cli.add_command(_command)
 
 

@@ -36,7 +36,7 @@ from mezzo.train.checkpoint import (
 )
 from mezzo.train.config import Config
 from mezzo.train.listeners import Listener, Listeners, Record, RunLog, TensorBoard
-from mezzo.train.loop import Loop, evaluate
+from mezzo.train.loop import Loop, Trains, evaluate
 from mezzo.train.phased import PhasedRun
 from mezzo.train.preview import advice
 from mezzo.train.rundir import RunDir
@@ -120,6 +120,7 @@ class Session:
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, config)
         self.precision = make_precision(self.model, self.optimizer, config)
+        self.trains: Trains = self.precision  # what the loop steps with
         self.first = 0
         self._running: Any = self.model
         self.phased = PhasedRun(self.precision, config, self._probe, self._held_out)
@@ -134,7 +135,7 @@ class Session:
         )
         torch.manual_seed(t.seed)  # only now: nothing above may move what training draws from
         self._stopping = False
-        self._valid_bytes: int | None = None
+        self._valid_bytes: dict[int, int] = {}  # by tokens evaluated
 
     # --- starting ---
 
@@ -221,7 +222,7 @@ class Session:
             self.phased.warm()  # every phase is compiled before the first step
         loop = Loop(
             model=self._run_model,
-            precision=self.precision,
+            precision=self.trains,
             optimizer=self.optimizer,
             batch_at=lambda step, micro: self.batches.batch_at(step, micro, t.accumulate),
             rate_at=self._rate,
@@ -272,7 +273,7 @@ class Session:
     def _due(self, step: int) -> bool:
         t = self.config.train
         every = [t.checkpoint_every, t.eval_every, *([t.sample_every] if t.sample_every else [])]
-        return any(step % n == 0 for n in every) or self.phased.ends_at(step)
+        return any(step % n == 0 for n in every) or self.phased.due(step)
 
     def _each_step(self, step: int, record: Record, saver: BackgroundSaver) -> None:
         t = self.config.train
@@ -329,27 +330,30 @@ class Session:
             "saved_at": time.time(),
         }
 
-    def valid(self) -> Iterator[Any]:
-        """The held-out batches of an evaluation, always the same ones."""
+    def valid(self, batches: int | None = None) -> Iterator[Any]:
+        """The held-out batches of an evaluation, always the same ones; those of the config if no number is given."""
         t = self.config.train
-        return valid_batches(self.corpus.valid, t.batch, self.shape.seq_len, t.eval_batches)
+        return valid_batches(self.corpus.valid, t.batch, self.shape.seq_len, batches or t.eval_batches)
 
-    def evaluate(self) -> Record:
-        """Held-out loss under the policy and in float32, and bits per byte of the latter."""
-        under, _ = evaluate(self.model, self.valid(), self.device)
+    def evaluate(self, batches: int | None = None) -> Record:
+        """Held-out loss under the policy and in float32, and bits per byte of the latter.
+
+        batches   how many; those of the config by default
+        """
+        under, _ = evaluate(self.model, self.valid(batches), self.device)
         with self.precision.using("fp32"):
-            in_fp32, tokens = evaluate(self.model, self.valid(), self.device)
-        if self._valid_bytes is None:
+            in_fp32, tokens = evaluate(self.model, self.valid(batches), self.device)
+        if tokens not in self._valid_bytes:
             lengths = self.corpus.tokenizer.byte_lengths()
             if lengths is None:
                 split = self.corpus.manifest["splits"]["valid"]
-                self._valid_bytes = round(split["bytes"] * tokens / split["tokens"])
+                self._valid_bytes[tokens] = round(split["bytes"] * tokens / split["tokens"])
             else:
-                self._valid_bytes = int(sum(lengths[y].sum() for _, y in self.valid()))
+                self._valid_bytes[tokens] = int(sum(lengths[y].sum() for _, y in self.valid(batches)))
         return {
             "val_loss": under,
             "val_loss_fp32": in_fp32,
-            "val_bits_per_byte": bits_per_byte(in_fp32, tokens, self._valid_bytes),
+            "val_bits_per_byte": bits_per_byte(in_fp32, tokens, self._valid_bytes[tokens]),
         }
 
     def sample(self, prompt: str, tokens: int = SAMPLE_TOKENS, seed: int = 0) -> str:

@@ -1,0 +1,228 @@
+"""Parity: train pairs of runs under two policies on the same data, and decide whether the low one lost anything.
+
+OUT/plan.json              what was decided before the first run
+OUT/runs/ARM-SEED/         run directories: reference, candidate, control
+OUT/results.jsonl          a line for each finished run
+OUT/parity.json, gaps.png  the verdict
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mezzo.errors import ConfigError, MezzoError, RunError
+from mezzo.proof import samples
+from mezzo.proof.run import Job, arms, paired, run, with_seed
+from mezzo.proof.statistics import Finding, Plan, find
+from mezzo.train.config import Config
+from mezzo.train.rundir import write_atomically
+from mezzo.train.session import choose_device, prepare_corpus
+
+Result = dict[str, Any]
+
+
+class Parity:
+    """A proof in the folder `out`: begun, or gone on with if it was begun with the same plan.
+
+    config     of the runs
+    policy     of the candidate; None: the config's own
+    against    of the reference
+    plan       when to look, and what a verdict takes
+    jobs       processes at a time; the processor's cores are shared among them
+    raises     ConfigError if an arm cannot be trained; RunError if `out` holds something else or is in use
+    """
+
+    def __init__(
+        self, config: Config, policy: str | None, against: str, plan: Plan, out: Path, jobs: int | None = None
+    ) -> None:
+        self.plan, self.out = plan, out
+        self.configs = arms(config, policy, against)
+        on_cpu = choose_device(config.train.device).type == "cpu"
+        cores = len(os.sched_getaffinity(0))
+        self.jobs = jobs or (min(cores, 8) if on_cpu else 1)
+        if self.jobs < 1:
+            raise ConfigError(f"--jobs is at least 1, got {self.jobs}")
+        self.threads = max(1, cores // self.jobs)
+        decided = {
+            "plan": asdict(plan),
+            "threads": self.threads,
+            "arms": {arm: _settings(one) for arm, one in self.configs.items()},
+        }
+        self._begin(json.loads(json.dumps(decided)))
+
+    def _begin(self, decided: dict[str, Any]) -> None:
+        plan = self.out / "plan.json"
+        if plan.exists():
+            before = json.loads(plan.read_text())
+            changed = sorted(_differences(before, decided))
+            if changed:
+                raise RunError(
+                    f"{self.out} was begun otherwise: {', '.join(changed[:4])}. What decides a verdict is fixed before "
+                    "the first run; for another plan choose another --out"
+                )
+        elif self.out.exists() and any(self.out.iterdir()):
+            raise RunError(f"{self.out} is not empty and holds no parity proof; choose another --out")
+        else:
+            (self.out / "runs").mkdir(parents=True, exist_ok=True)
+            write_atomically(plan, json.dumps(decided, indent=2).encode())
+
+    # --- runs ---
+
+    def results(self) -> dict[tuple[str, int], Result]:
+        """Those of the runs that ended, by arm and seed."""
+        path = self.out / "results.jsonl"
+        found = {}
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                result = json.loads(line)
+            except ValueError:
+                continue  # a line that a crash tore off: that run is evaluated anew
+            found[result["arm"], result["seed"]] = result
+        return found
+
+    def train(self, told: Callable[[Result, Finding | None], None]) -> Iterator[Finding]:
+        """Run what is missing, pair by pair; yields the finding at each look and ends at the first verdict.
+
+        told      called after each run with its result and what the pairs so far say
+        raises    MezzoError if the reference cannot be trained; KeyboardInterrupt after a signal, everything saved
+        """
+        with self._lock():
+            prepare_corpus(self.configs["reference"])  # once, not in every process
+            for look in self.plan.looks:
+                self._until(look, told)
+                finding = self.finding(look)
+                yield finding
+                if finding.verdict != "not enough evidence":
+                    return
+
+    def _until(self, seeds: int, told: Callable[[Result, Finding | None], None]) -> None:
+        done = self.results()
+        jobs = [self._job(arm, seed) for arm, seed in paired(self.configs, seeds) if (arm, seed) not in done]
+        context = multiprocessing.get_context("spawn")
+        stopped = False
+        with ProcessPoolExecutor(min(self.jobs, max(1, len(jobs))), mp_context=context) as pool:
+            running: set[Future[Result]] = set()
+            try:
+                while jobs or running:
+                    while jobs and len(running) < self.jobs and not stopped:
+                        running.add(pool.submit(run, jobs.pop(0)))
+                    finished, running = wait(running, return_when=FIRST_COMPLETED)
+                    for one in finished:
+                        result = one.result()
+                        if result.get("interrupted"):
+                            stopped = True
+                            continue
+                        self._keep(result)
+                        told(result, self.finding())
+                    if stopped and not running:
+                        raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                wait(running)  # each saves what it trained
+                raise
+
+    def _job(self, arm: str, seed: int) -> Job:
+        config = with_seed(self.configs[arm], seed).model_dump(exclude_none=True)
+        return Job(arm, seed, config, self.out / "runs" / f"{arm}-{seed:03d}", self.threads)
+
+    def _keep(self, result: Result) -> None:
+        if "failed" in result and result["arm"] != "candidate":
+            raise MezzoError(f"the {result['arm']} of seed {result['seed']} could not be trained: {result['failed']}")
+        with open(self.out / "results.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        lock = FileLock(self.out / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"another `mezzo parity` works in {self.out}; wait for it, or choose another --out"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # --- what they say ---
+
+    def gaps(self, arm: str, seeds: int | None = None) -> dict[int, float]:
+        """Relative gap of held-out loss in float32 to the reference, by seed, of the pairs that ended."""
+        done = self.results()
+        return {
+            seed: done[arm, seed]["val_loss_fp32"] / done["reference", seed]["val_loss_fp32"] - 1
+            for seed in range(seeds or self.plan.seeds)
+            if (arm, seed) in done and ("reference", seed) in done and "failed" not in done[arm, seed]
+        }
+
+    def finding(self, seeds: int | None = None, arm: str = "candidate") -> Finding:
+        """What the first `seeds` pairs say of an arm."""
+        done = self.results()
+        failed = sum("failed" in done.get((arm, seed), {}) for seed in range(seeds or self.plan.seeds))
+        return find(list(self.gaps(arm, seeds).values()), self.plan, failed)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything that the verdict rests on, plain data; what `parity.json` holds."""
+        done, found = self.results(), {}
+        for arm in self.configs:
+            mine = [result for (name, _), result in sorted(done.items()) if name == arm and "failed" not in result]
+            row: dict[str, Any] = {"seeds": len(mine)}
+            if mine:
+                drawn = [one["text"] for result in mine for one in result["samples"]]
+                row |= {
+                    "policy": mine[0]["policy"],
+                    "phases": mine[0]["phases"],
+                    **{key: statistics.fmean(r[key] for r in mine) for key in _MEANS},
+                    "skipped": sum(result["skipped"] for result in mine),
+                    "samples": len(drawn),
+                }
+                if self.code:
+                    row["parsed"] = sum(map(samples.parses, drawn))
+            if arm != "reference":
+                row |= {"gaps": self.gaps(arm), "finding": asdict(self.finding(arm=arm))}
+            found[arm] = row
+        return {"plan": asdict(self.plan), "arms": found, "results": [done[key] for key in sorted(done)]}
+
+    @property
+    def code(self) -> bool:
+        """Whether the text is Python, so that a sample may parse."""
+        return self.configs["reference"].data.corpus == "stdlib"
+
+    def write(self) -> list[Path]:
+        """Write parity.json and the plot of the paired differences; returns their paths."""
+        from mezzo.proof.plot import plot
+
+        table = self.out / "parity.json"
+        write_atomically(table, json.dumps(self.summary(), indent=2).encode())
+        return [table, plot(self, self.out / "gaps.png")]
+
+
+_MEANS = ("val_loss", "val_loss_fp32", "val_bits_per_byte", "seconds")
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What makes an arm; where text lies and tokens are cached does not."""
+    data = config.model_dump(exclude_none=True)
+    data["data"].pop("cache", None)
+    return data
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in before.keys() | now.keys():
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif before != now:
+        yield f"{key} was {before!r}, now {now!r}"

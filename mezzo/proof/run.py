@@ -1,0 +1,120 @@
+"""One run of a parity proof: train an arm with a seed, or go on with it; evaluate; draw samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mezzo.errors import NonfiniteError
+from mezzo.proof.samples import draw
+from mezzo.torch import Precision, Step
+from mezzo.train.config import Config, parse
+from mezzo.train.listeners import Listener
+from mezzo.train.session import Session
+
+WHOLE = 10**9  # held-out batches: all that there are
+PERTURBATION = 1e-7  # of the control arm's gradients, relative (numerics.md, "Proof")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker process is told.
+
+    arm        "reference", "candidate" or "control"
+    config     of the run, as plain data
+    path       its run directory
+    threads    of torch
+    """
+
+    arm: str
+    seed: int
+    config: dict[str, Any]
+    path: Path
+    threads: int
+
+
+class Perturbed:
+    """A Precision whose gradients are multiplied by 1 + 1e-7·N(0, 1) before each step: what chaos alone does.
+
+    The noise is a function of seed and step, so a resumed run sees the same.
+    """
+
+    def __init__(self, precision: Precision, seed: int) -> None:
+        self.precision, self.seed = precision, seed
+
+    def backward(self, loss: Tensor) -> None:
+        self.precision.backward(loss)
+
+    def step(self) -> Step:
+        noise = torch.Generator().manual_seed((self.seed << 32) + self.precision.steps)
+        for p in self.precision.model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(1 + PERTURBATION * torch.randn(p.shape, generator=noise).to(p.device))
+        return self.precision.step()
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train one arm with one seed, from wherever its run directory is.
+
+    returns   the arm's result, plain data; {"interrupted": True} if a signal stopped it (what it trained is saved);
+              {"failed": why} if its gradients stay nonfinite
+    """
+    torch.set_num_threads(job.threads)
+    config = parse(job.config)
+    begun = (job.path / "config.toml").exists()
+    session = Session.resume(job.path, config, Listener()) if begun else Session.start(config, job.path, Listener())
+    if job.arm == "control":
+        session.trains = Perturbed(session.precision, config.train.seed)
+    base = {"arm": job.arm, "seed": job.seed, "policy": str(session.precision.policy), "phases": session.phased.lines}
+    try:
+        if session.first < config.train.steps:
+            for _ in session.train():
+                pass
+        if session.interrupted:
+            return {"interrupted": True}
+        return base | _result(session)
+    except NonfiniteError as error:
+        return base | {"failed": str(error)}
+    finally:
+        session.close()
+
+
+def _result(session: Session) -> dict[str, Any]:
+    t, records = session.config.train, session.run.records()
+    tokens = t.batch * t.accumulate * session.shape.seq_len
+    return {
+        **session.evaluate(batches=WHOLE),
+        "skipped": sum(bool(record["skipped"]) for record in records),
+        "seconds": sum(tokens / record["tokens_per_s"] for record in records),
+        "samples": draw(session),
+    }
+
+
+def arms(config: Config, policy: str | None, against: str) -> dict[str, Config]:
+    """The configs of the three arms.
+
+    policy    of the candidate; None: the config's own, with its phases. A named schedule of the config applies to it
+    against   of the reference and of the control
+    raises    ConfigError if a policy cannot be parsed, or phases of the config name their own policies beside `policy`
+    """
+    data = config.model_dump(exclude_none=True)
+    flat = {key: value for key, value in data.items() if key != "phase"}
+    reference = parse(flat | {"policy": against})
+    candidate = parse(data if policy is None else data | {"policy": policy})
+    return {"reference": reference, "candidate": candidate, "control": reference}
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    """The config of the pair with this number."""
+    train = config.train.model_copy(update={"seed": config.train.seed + seed, "keep": 1, "sample_every": 0})
+    return config.model_copy(update={"train": train})
+
+
+def paired(configs: dict[str, Config], seeds: int) -> list[tuple[str, int]]:
+    """All runs, pair by pair."""
+    return list(chain.from_iterable([(arm, seed) for arm in configs] for seed in range(seeds)))
