@@ -100,11 +100,9 @@ def _share(text: str) -> float:
 
 def _describe(proof: Parity) -> str:
     plan, config = proof.plan, proof.configs["candidate"]
-    phases = config.schedule()
-    policies = str(config.resolved_policy()) if phases is None else " → ".join(str(p.policy) for p in phases.phases)
     looks = ", ".join(map(str, plan.looks))
     return (
-        f"candidate {policies}\n"
+        f"candidate {proof.candidate}\n"
         f"reference {proof.configs['reference'].resolved_policy()}; control: the same, gradients perturbed by 1e-7\n"
         f"plan      {plan.seeds} pairs of {config.train.steps:,} steps, margin ±{plan.margin:.3%}, "
         f"tests at {plan.alpha:.0%}, looks after {looks} pairs\n"
@@ -163,7 +161,7 @@ def _show_samples(proof: Parity, console: Console) -> None:
     if not all((arm, 0) in done and "samples" in done[arm, 0] for arm in ("reference", "candidate")):
         return
     one, other = done["reference", 0]["samples"], done["candidate", 0]["samples"]
-    table = Table(f"reference: {done['reference', 0]['policy']}", f"candidate: {done['candidate', 0]['policy']}",
+    table = Table(f"reference: {done['reference', 0]['policy']}", f"candidate: {proof.candidate}",
                   title="\nsamples of seed 0, the same prompts and draws", title_justify="left", show_lines=True,
                   expand=True, header_style="bold")  # fmt: skip
     for a, b in list(zip(one, other, strict=True))[::2]:

@@ -26,6 +26,7 @@ from mezzo.proof import samples
 from mezzo.proof.run import Job, arms, paired, run, with_seed
 from mezzo.proof.statistics import Finding, Plan, find
 from mezzo.train.config import Config
+from mezzo.train.preview import policies
 from mezzo.train.rundir import write_atomically
 from mezzo.train.session import choose_device, prepare_corpus
 
@@ -50,7 +51,7 @@ class Parity:
         self.configs = arms(config, policy, against)
         on_cpu = choose_device(config.train.device).type == "cpu"
         cores = len(os.sched_getaffinity(0))
-        self.jobs = jobs or (min(cores, 8) if on_cpu else 1)
+        self.jobs = jobs if jobs is not None else min(cores, 8) if on_cpu else 1
         if self.jobs < 1:
             raise ConfigError(f"--jobs is at least 1, got {self.jobs}")
         self.threads = max(1, cores // self.jobs)
@@ -109,27 +110,33 @@ class Parity:
     def _until(self, seeds: int, told: Callable[[Result, Finding | None], None]) -> None:
         done = self.results()
         jobs = [self._job(arm, seed) for arm, seed in paired(self.configs, seeds) if (arm, seed) not in done]
-        context = multiprocessing.get_context("spawn")
-        stopped = False
-        with ProcessPoolExecutor(min(self.jobs, max(1, len(jobs))), mp_context=context) as pool:
+        for result in map(run, jobs) if self.jobs == 1 else self._side_by_side(jobs):
+            if result.get("interrupted"):
+                raise KeyboardInterrupt
+            self._keep(result)
+            told(result, self.finding())
+
+    def _side_by_side(self, jobs: list[Job]) -> Iterator[Result]:
+        """Results as they come; after an interruption those of the runs still going, then none is begun."""
+        stopped: list[Result] = []
+        with ProcessPoolExecutor(self.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             running: set[Future[Result]] = set()
-            try:
-                while jobs or running:
-                    while jobs and len(running) < self.jobs and not stopped:
-                        running.add(pool.submit(run, jobs.pop(0)))
+            while jobs or running:
+                while jobs and len(running) < self.jobs and not stopped:
+                    running.add(pool.submit(run, jobs.pop(0)))
+                try:
                     finished, running = wait(running, return_when=FIRST_COMPLETED)
-                    for one in finished:
-                        result = one.result()
-                        if result.get("interrupted"):
-                            stopped = True
-                            continue
-                        self._keep(result)
-                        told(result, self.finding())
-                    if stopped and not running:
-                        raise KeyboardInterrupt
-            except KeyboardInterrupt:
-                wait(running)  # each saves what it trained
-                raise
+                except KeyboardInterrupt:  # the runs were told too, and save what they trained
+                    stopped.append({"interrupted": True})
+                    continue
+                for result in (one.result() for one in finished):
+                    if result.get("interrupted"):
+                        stopped.append(result)
+                    else:
+                        yield result
+                if stopped and not running:
+                    yield stopped[0]
+                    return
 
     def _job(self, arm: str, seed: int) -> Job:
         config = with_seed(self.configs[arm], seed).model_dump(exclude_none=True)
@@ -195,6 +202,11 @@ class Parity:
                 row |= {"gaps": self.gaps(arm), "finding": asdict(self.finding(arm=arm))}
             found[arm] = row
         return {"plan": asdict(self.plan), "arms": found, "results": [done[key] for key in sorted(done)]}
+
+    @property
+    def candidate(self) -> str:
+        """The candidate's policies in words."""
+        return " → ".join(map(str, policies(self.configs["candidate"])))
 
     @property
     def code(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,13 @@ def plot(parity: Parity, path: Path) -> Path:
     for arm, marker, colour in (("control", "x", "grey"), ("candidate", "o", "tab:blue")):
         gaps = parity.gaps(arm)
         width = max(width, *gaps) if gaps else width
-        name = "reference, perturbed by 1e-7" if arm == "control" else str(parity.results()[arm, 0]["policy"])
+        name = "reference, perturbed by 1e-7" if arm == "control" else parity.candidate
         axes.plot(list(gaps), [100 * gap for gap in gaps.values()], marker, color=colour, label=name)
     found = parity.finding()
     at = width + 1
-    axes.errorbar([at], [100 * found.gap], [[100 * (found.gap - found.low)], [100 * (found.high - found.gap)]],
-                  fmt="D", color="tab:blue", capsize=5)  # fmt: skip
+    if isfinite(found.low):
+        below, over = 100 * (found.gap - found.low), 100 * (found.high - found.gap)
+        axes.errorbar([at], [100 * found.gap], [[below], [over]], fmt="D", color="tab:blue", capsize=5)
     axes.set_xticks([*range(width + 1), at], [*map(str, range(width + 1)), "mean"])
     axes.set_xlabel("pair (seed)")
     axes.set_ylabel("held-out loss over the reference's, %")

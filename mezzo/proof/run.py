@@ -15,7 +15,9 @@ from mezzo.proof.samples import draw
 from mezzo.torch import Precision, Step
 from mezzo.train.config import Config, parse
 from mezzo.train.listeners import Listener
+from mezzo.train.rundir import RunDir
 from mezzo.train.session import Session
+from mezzo.train.stored import read_config
 
 WHOLE = 10**9  # held-out batches: all that there are
 PERTURBATION = 1e-7  # of the control arm's gradients, relative (numerics.md, "Proof")
@@ -65,14 +67,16 @@ def run(job: Job) -> dict[str, Any]:
               {"failed": why} if its gradients stay nonfinite
     """
     torch.set_num_threads(job.threads)
-    config = parse(job.config)
-    begun = (job.path / "config.toml").exists()
-    session = Session.resume(job.path, config, Listener()) if begun else Session.start(config, job.path, Listener())
+    if (job.path / "config.toml").exists():
+        session = Session.resume(job.path, read_config(RunDir.open(job.path)), Listener())
+    else:
+        session = Session.start(parse(job.config), job.path, Listener())
+    t = session.config.train
     if job.arm == "control":
-        session.trains = Perturbed(session.precision, config.train.seed)
-    base = {"arm": job.arm, "seed": job.seed, "policy": str(session.precision.policy), "phases": session.phased.lines}
+        session.trains = Perturbed(session.precision, t.seed)
+    base = {"arm": job.arm, "seed": job.seed, "phases": session.phased.lines}
     try:
-        if session.first < config.train.steps:
+        if session.first < t.steps:
             for _ in session.train():
                 pass
         if session.interrupted:
@@ -88,6 +92,7 @@ def _result(session: Session) -> dict[str, Any]:
     t, records = session.config.train, session.run.records()
     tokens = t.batch * t.accumulate * session.shape.seq_len
     return {
+        "policy": str(session.precision.policy),
         **session.evaluate(batches=WHOLE),
         "skipped": sum(bool(record["skipped"]) for record in records),
         "seconds": sum(tokens / record["tokens_per_s"] for record in records),

@@ -39,7 +39,7 @@ def parses(text: str) -> bool:
         return False
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.simplefilter("ignore")  # of strange escapes, say
             ast.parse(whole + "\n")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False

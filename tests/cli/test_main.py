@@ -17,6 +17,7 @@ OPTIONS = {
     "demo": ["--seconds"],
     "formats": ["NAMES", "--json"],
     "generate": ["RUN", "--prompt", "--tokens", "--temperature", "--top-k", "--top-p", "--seed", "--policy"],
+    "parity": ["CONFIG", "--policy", "--against", "--seeds", "--margin", "--set", "--out", "--jobs"],
     "probe": ["--json", "--fresh"],
     "recipes": ["NAME", "--json"],
     "sites": ["SOURCE", "--policy", "--json"],
