@@ -6,8 +6,8 @@ For each seed every arm starts from the same weights and sees the same batches i
 (fp32 with every gradient element multiplied by 1 + 1e-7·N(0, 1)); every recipe; and some recipes without the remedy
 that they are known for. Held-out loss is evaluated in float32. The figure is the paired relative gap to fp32 with its
 90% interval, which is what two one-sided tests at 5% compare with the margin, 0.25%, fixed here in advance
-(numerics.md, "Proof"; DeepSeek-V3, arXiv 2412.19437). Eight seeds for the headline recipes, three for the others. fp8 and
-mxfp8, undecided after 8, went on to 16: their interval is corrected for the look at 8 (`mezzo.proof.statistics`).
+(numerics.md, "Proof"; DeepSeek-V3, arXiv 2412.19437). Eight seeds for the headline recipes, three for the others. fp8
+and mxfp8, undecided after 8, went on to 16: their interval is corrected for the look at 8 (`mezzo.proof.statistics`).
 
 All formats below 32 bits take the emulated route, whatever the machine, so that runs of different machines agree but
 for the order of float32 sums. Restartable: each finished run is a line of benchmarks/results/quality-runs.jsonl, and

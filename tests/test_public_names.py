@@ -12,8 +12,10 @@ PUBLIC = {
     mezzo: {"RECIPES", "Format", "LossScaling", "MezzoError", "Policy", "Rule", "Site", "__version__", "get_format",
             "quantize"},
     mezzo.formats: FORMATS,
-    mezzo.policy: {"LossScaling", "Policy", "RECIPES", "Recipe", "Rule", "ScaleState", "Site", "Spec"},
-    mezzo.torch: {"CONTRACT", "FastCpu", "Precision", "Pruner", "SiteRow", "Step", "fast_cpu", "hadamard", "quantize"},
+    mezzo.policy: {"LossScaling", "Phase", "Policy", "RECIPES", "Recipe", "Rule", "ScaleState", "Schedule", "Site",
+                   "Spec"},
+    mezzo.torch: {"CONTRACT", "FastCpu", "Phases", "Precision", "Pruner", "SiteRow", "Step", "fast_cpu", "hadamard",
+                  "quantize"},
 }  # fmt: skip
 
 

@@ -17,7 +17,10 @@ from mezzo.errors import ConfigError
 from mezzo.policy.policy import Policy
 from mezzo.policy.rule import Rule
 from mezzo.policy.site import STATE_ROLES
+from mezzo.policy.spec import Spec
 from mezzo.policy.trigger import Record, Trigger
+
+FORWARD = ("fprop.a", "fprop.b")
 
 
 @dataclass(frozen=True)
@@ -144,14 +147,22 @@ def high_precision(low: Policy) -> Policy:
 def dmp(low: Policy) -> tuple[Phase, ...]:
     """Three-phase dynamic mixed precision: low for speed, a calibration in fp32, low again with wide forward operands.
 
-    Wide is bfloat16 for a policy below 16 bits, else float32.
+    Wide is bfloat16 for a policy below 16 bits, else float32; what the policy's own rules keep wider stays so.
     """
     bits = min((rule.fmt.bits for rule in low.all_rules() if "fprop.a" in rule.roles()), default=32)
-    wide = "bfloat16" if bits < 16 else "float32"
+    wide = Spec.parse("bfloat16" if bits < 16 else "float32")
+    widened = [Rule("*", role, wide) for role in FORWARD]
+    widened += [
+        Rule(rule.path, role, rule.spec)
+        for rule in low.rules
+        for role in FORWARD
+        if role in rule.roles() and rule.fmt.bits > wide.fmt.bits
+    ]
+    last = {rule.site: rule for rule in widened}  # of two for one site the later
     return (
         Phase(low, until=0.75),
         Phase(high_precision(low), until=0.80, calibrate=True),
-        Phase(low.with_rules(Rule.parse("*:fprop.a", wide), Rule.parse("*:fprop.b", wide))),
+        Phase(low.with_rules(*last.values())),
     )
 
 

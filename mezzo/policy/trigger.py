@@ -6,6 +6,7 @@ were measured, val_loss, val_loss_fp32, underflow and reference_gap. A trigger l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -37,6 +38,8 @@ class Trigger:
                 raise ConfigError(f"the trigger {self.name}: {f.name} is {kind}, got {value!r}")
             if isinstance(value, int) and f.name in ("window", "evaluations", "every") and value < 1:
                 raise ConfigError(f"the trigger {self.name}: {f.name} is at least 1, got {value}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"the trigger {self.name}: {f.name} is a finite number, got {value}")
 
     @property
     def span(self) -> int:
@@ -115,6 +118,13 @@ class Skipped(Trigger):
     window: int = 100
     name: ClassVar[str] = "skipped"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.above < self.window:
+            raise ConfigError(
+                f"the trigger skipped: above is from 0 to window - 1 = {self.window - 1}, got {self.above}"
+            )
+
     @property
     def span(self) -> int:
         return self.window
@@ -167,6 +177,11 @@ class Stall(Trigger):
     evaluations: int = 3
     margin: float = 0.001
     name: ClassVar[str] = "stall"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.margin < 1:
+            raise ConfigError(f"the trigger stall: margin is a share from 0 to 1, got {self.margin:g}")
 
     @property
     def span(self) -> int:

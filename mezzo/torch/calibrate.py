@@ -49,6 +49,8 @@ class Calibration:
         self.told = True
         if not (scales.training or gradient) or site.role == "saved" or not before.numel():
             return
+        if site.role == "fprop.b" and before.dim() == 1:
+            return  # a bias, which 16 bits round like the weight and fewer leave as it is
         rows = [
             row
             for role in _TOGETHER.get(site.role, (site.role,))
@@ -72,13 +74,11 @@ class Calibration:
 
 
 def _gradient(precision: Precision, policy: Policy, loss: Callable[[], Tensor]) -> Tensor:
-    """All gradients of a loss as one float64 vector, unscaled."""
-    with precision.using(policy):
+    """All gradients of a loss as one float64 vector, unscaled; drawn with the random state as it is, which stays."""
+    with undisturbed(precision), precision.using(policy):
         precision.backward(loss())
-    scale = precision.scales.loss.scale.double()
-    found = [p.grad.flatten().double() / scale for p in precision.model.parameters() if p.grad is not None]
-    for p in precision.model.parameters():
-        p.grad = None
+        scale = precision.scales.loss.scale.double()
+        found = [p.grad.flatten().double() / scale for p in precision.model.parameters() if p.grad is not None]
     return torch.cat(found)
 
 
@@ -96,14 +96,13 @@ def compare(
     returns    gradient_cosine, gradient_ratio (norm under low / under high), val_loss_low, val_loss_high, as asked for
     """
     found: dict[str, float] = {}
-    with undisturbed(precision):
-        if loss is not None:
-            of_low, of_high = (_gradient(precision, policy, loss) for policy in (low, high))
-            norms = of_low.norm(), of_high.norm()
-            found["gradient_cosine"] = float(of_low @ of_high / (norms[0] * norms[1]))
-            found["gradient_ratio"] = float(norms[0] / norms[1])
-        if evaluate is not None:
-            for name, policy in (("val_loss_low", low), ("val_loss_high", high)):
-                with precision.using(policy):
-                    found[name] = evaluate()
+    if loss is not None:
+        of_low, of_high = (_gradient(precision, policy, loss) for policy in (low, high))
+        norms = of_low.norm(), of_high.norm()
+        found["gradient_cosine"] = float(of_low @ of_high / (norms[0] * norms[1]))
+        found["gradient_ratio"] = float(norms[0] / norms[1])
+    if evaluate is not None:
+        for name, policy in (("val_loss_low", low), ("val_loss_high", high)):
+            with undisturbed(precision), precision.using(policy):
+                found[name] = evaluate()
     return found

@@ -185,7 +185,9 @@ class Scope:
         mode._met = {}
         recording, mode.recording = mode.recording, None if recomputing or compiling else mode.recording
         hooks = mode.table.hooks
-        watching, hooks.watching = hooks.watching, hooks.watching and torch.is_grad_enabled()
+        watching = hooks.watching
+        if not compiling:  # compiled code does not watch, and must not be compiled anew when this changes
+            hooks.watching = watching and torch.is_grad_enabled()
         mode.table.scales.training = torch.is_grad_enabled()
         keeps = mode.table.saves or mode.kept is not None
         try:
@@ -194,7 +196,8 @@ class Scope:
         finally:
             mode.depth = 0
             mode.recording = recording
-            hooks.watching = watching
+            if not compiling:
+                hooks.watching = watching
         return out if recomputing else pytree.tree_map_only(Tensor, _to_float32, out)
 
 

@@ -12,7 +12,8 @@ from mezzo.errors import ConfigError
 from mezzo.policy import Phase, Policy, Schedule, Site
 from mezzo.policy import phases as known
 from mezzo.policy.phases import Position
-from mezzo.policy.trigger import Underflow
+from mezzo.policy.site import ROOT
+from mezzo.policy.trigger import Trigger, Underflow
 from mezzo.torch.calibrate import Calibration, compare
 from mezzo.torch.precision import Precision
 from mezzo.torch.switch import undisturbed
@@ -52,6 +53,7 @@ class Phases:
         for number, phase in enumerate(self.schedule.phases, 1):
             try:
                 precision.prepare(phase.policy)
+                _check_sites(precision, phase.when)
             except ConfigError as error:
                 raise ConfigError(f"phase {number}: {error}") from error
         self.position = self.schedule.start()
@@ -94,6 +96,7 @@ class Phases:
         for policy in dict.fromkeys(phase.policy for phase in self.schedule.phases):
             with undisturbed(self.precision), self.precision.using(policy):
                 self.precision.backward(self.loss())
+        self.precision.mode.recording = None  # compiled code records no sites, and is compiled anew if this changes
 
     def after(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Take note of a step; go on to the next phase where this one ends. Call it after `Precision.step`.
@@ -104,8 +107,14 @@ class Phases:
                   entering another phase "entered" (its number) and "calibration" (what `compare` found)
         """
         more: dict[str, Any] = {"phase": self.number}
-        if self._counts:
-            more["underflow"] = {sites: _share(counts) for sites, counts in self._counts.items()}
+        for sites, counts in self._counts.items():
+            if counts:
+                more["underflow"] = {sites: _share(counts)}
+            elif not self.position.memory:
+                raise ConfigError(
+                    f"phase {self.number}: no rounding at {sites} was seen in its step. Compiled code tells of none; a "
+                    "tensor rounded once for two products is told once, so write input, weight or grad_output"
+                )
         calibration = self._calibration
         if calibration is not None and not calibration.told:
             raise ConfigError(
@@ -114,7 +123,8 @@ class Phases:
             )
         self.step = record["step"]
         before, self.position = self.phase, self.schedule.after(self.position, {**record, **more})
-        if self.phase is not before:
+        moved = self.number != more["phase"]
+        if moved:
             more["entered"] = self.number
             if self.phase.calibrate:
                 more["calibration"] = compare(self.precision, before.policy, self.policy, self.loss, self.evaluate)
@@ -122,20 +132,23 @@ class Phases:
             self.precision.switch(self.policy, loss_scale=measured)
             if measured is not None:
                 more.setdefault("calibration", {})["loss_scale"] = float(self.precision.scales.loss.scale)
-        self._listen()
+        self._listen(anew=moved)
         return more
 
-    def _listen(self) -> None:
-        """Attach the taps that the next step needs, and no others."""
+    def _listen(self, anew: bool = False) -> None:
+        """Attach the taps that the next step needs, and no others.
+
+        anew    what a calibration found so far is done with
+        """
         taps = self.precision.hooks.taps
         for mine in (self._calibration, self._count):
             if mine in taps:
                 taps.remove(mine)
         self._counts = {}
         phase = self.phase
-        if not phase.calibrate:
+        if anew or not phase.calibrate:
             self._calibration = None
-        else:
+        if phase.calibrate:
             following = self.schedule.phases[self.position.index + 1].policy
             if self._calibration is None:
                 self._calibration = Calibration(self.precision, following)
@@ -165,16 +178,21 @@ class Phases:
         if self.position.index >= len(self.schedule.phases):
             raise ConfigError(f"the saved run is in phase {self.number}, the schedule has {len(self.schedule.phases)}")
         self.precision.switch(self.policy)
-        self._calibration = None
-        self._listen()
+        self._listen(anew=True)
         if "largest_gradient" in state:
             calibration: Calibration | None = self._calibration
             assert calibration is not None, "a calibrating phase has a calibration"
             calibration.largest.fill_(state["largest_gradient"])
 
 
+def _check_sites(precision: Precision, when: Trigger | None) -> None:
+    """raises    ConfigError if a trigger speaks of sites that the model does not have"""
+    if isinstance(when, Underflow):
+        paths = [path or ROOT for path, _ in precision.model.named_modules()]
+        if not any(map(when.rule.matches_path, paths)):
+            raise ConfigError(f"the trigger underflow: {when.sites} matches nothing in this model")
+
+
 def _share(counts: list[Tensor]) -> float:
-    if not counts:
-        return 0.0
     zero, there = torch.stack(counts).sum(0).tolist()
     return zero / there if there else 0.0

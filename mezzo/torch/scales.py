@@ -21,6 +21,7 @@ from mezzo.policy.site import SHORTHANDS
 from mezzo.torch.scaler import SCALE_KEYS, LossScaler
 
 PREFIX = "amax."  # of the names in a state_dict
+UNSEEN = -1.0  # of a row that no tensor has met since the last step
 LOSS_PREFIX = "loss_scale."  # the same, of loss scales that wait for their policy to come back
 
 
@@ -57,7 +58,7 @@ class Scales:
         self._specs: list[Spec] = []
         self._gradients = torch.zeros(0, dtype=torch.bool, device=device)  # rows whose tensors carry the loss scale
         self.history = torch.zeros(0, 1, device=device)
-        self.seen = torch.zeros(0, device=device)
+        self.seen = torch.zeros(0, device=device)  # UNSEEN, or the amax since the last step
         self.wanted = torch.zeros(0, device=device)
         self._saved: dict[str, Tensor] = {}  # of a loaded state: rows that may still be asked for
 
@@ -74,7 +75,8 @@ class Scales:
         history = torch.zeros(count, max(longest, self.history.shape[1]), device=self.device)
         history[:before, : self.history.shape[1]] = self.history
         more = torch.zeros(count - before, device=self.device)
-        self.history, self.seen, self.wanted = history, torch.cat([self.seen, more]), torch.cat([self.wanted, more])
+        self.history, self.wanted = history, torch.cat([self.wanted, more])
+        self.seen = torch.cat([self.seen, torch.full_like(more, UNSEEN)])
         roles = (name.split(" ")[0].rpartition(":")[2] for name in self.rows)
         gradients = [role in SHORTHANDS["grad_output"] for role in roles]
         self._gradients = torch.tensor(gradients, device=self.device)
@@ -127,8 +129,9 @@ class Scales:
         before = self.loss.scale
         self.loss.update(skipped)
         if self.rows:
-            history = torch.where(skipped, self.history, amax.remember(self.history, self.seen, torch))
-            self.seen.zero_()
+            stays = skipped | (self.seen == UNSEEN)[:, None]  # of a policy that waits, too
+            history = torch.where(stays, self.history, amax.remember(self.history, self.seen, torch))
+            self.seen.fill_(UNSEEN)
             self._rescale(self.loss.scale / before, history)
 
     def _decide(self) -> None:
@@ -162,7 +165,7 @@ class Scales:
         self.draws.copy_(state.get("draws", torch.zeros((), dtype=torch.int64)))
         self._saved = {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
         self.history.zero_()
-        self.seen.zero_()
+        self.seen.fill_(UNSEEN)
         for name in self.rows:
             self._recall(name)
         self._decide()

@@ -13,6 +13,7 @@ from mezzo.formats import FLOAT32
 from mezzo.policy import Policy, Site, Spec
 from mezzo.policy.policy import find
 from mezzo.policy.site import ROOT, STATE_ROLES
+from mezzo.torch.scales import UNSEEN
 from mezzo.torch.table import Table
 
 if TYPE_CHECKING:
@@ -37,14 +38,13 @@ def same_storage(precision: Precision, policy: Policy, table: Table) -> None:
 
 @contextmanager
 def undisturbed(precision: Precision) -> Iterator[None]:
-    """Forward and backward passes in here leave no trace in scales, draws, gradients, buffers or random state.
-
-    raises    ConfigError if there are gradients
-    """
+    """Forward and backward passes in here leave no trace in scales, draws, gradients, buffers or random state."""
     hooks, scales, mode = precision.hooks, precision.scales, precision.mode
-    if any(p.grad is not None for p in precision.model.parameters()):
-        raise ConfigError("there are gradients already; call this after step(), before the next backward")
-    taps, hooks.taps = hooks.taps, []
+    gradients = [(p, p.grad) for p in precision.model.parameters()]
+    for p, _ in gradients:
+        p.grad = None
+    scaled, nonfinite = precision.scaled, hooks.nonfinite
+    taps, hooks.taps, hooks.nonfinite = hooks.taps, [], []
     recording, mode.recording = mode.recording, None
     seen, draws = scales.seen.clone(), scales.draws.clone()
     buffers = {name: buffer.clone() for name, buffer in precision.buffers()}
@@ -52,13 +52,13 @@ def undisturbed(precision: Precision) -> Iterator[None]:
         with torch.random.fork_rng([precision.device] if precision.device.type == "cuda" else []):
             yield
     finally:
-        hooks.taps, hooks.nonfinite, mode.recording = taps, [], recording
-        precision.scaled = False
+        hooks.taps, hooks.nonfinite, mode.recording = taps, nonfinite, recording
+        precision.scaled = scaled
         scales.seen[: len(seen)] = seen
-        scales.seen[len(seen) :] = 0  # rows that came meanwhile
+        scales.seen[len(seen) :] = UNSEEN  # rows that came meanwhile
         scales.draws.copy_(draws)
-        for p in precision.model.parameters():
-            p.grad = None
+        for p, gradient in gradients:
+            p.grad = gradient
         with torch.no_grad():
             for name, buffer in precision.buffers():
                 buffer.copy_(buffers[name])

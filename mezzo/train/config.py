@@ -263,7 +263,7 @@ def _explain(error: dict[str, Any]) -> str:
             close = difflib.get_close_matches(where[3], PhaseSection.model_fields, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(PhaseSection.model_fields)}"
             return f"unknown key {where[3]!r} in {key.partition('.')[0]}; {hint}"
-        wanted = "a step, or a share of the run with a point" if where[3:4] == ["until"] else error["msg"]
+        wanted = _PHASE_VALUES.get(".".join(where[3:4]), error["msg"])
         return f"{key}: {wanted}, got {error['input']!r}"
     key = ".".join(where)
     if error["type"] == "extra_forbidden":
@@ -284,4 +284,10 @@ def _explain(error: dict[str, Any]) -> str:
     return f"{key}: {error['msg']}, got {error['input']!r}"
 
 
+_PHASE_VALUES = {
+    "": "a table of keys such as until",
+    "until": "a step, or a share of the run with a point",
+    "policy": "a string such as bf16, or a table with recipe, rule, loss_scale",
+    "when": "a table such as {trigger = 'stall'}",
+}
 _GROUPS: dict[str, type[_Section]] = {"model": ModelSection, "data": DataSection, "train": TrainSection}

@@ -46,8 +46,9 @@ class PhasedRun:
     def calibrates(self) -> bool:
         return self.phases.phase.calibrate
 
-    def ends_at(self, step: int) -> bool:
-        return self.phases.ends_at(step)
+    def due(self, step: int) -> bool:
+        """Whether the record of this step must be read before the next one begins: a phase may end after it."""
+        return self.phases.phase.when is not None or self.phases.ends_at(step)
 
     def warm(self) -> None:
         """Compile every phase now."""

@@ -40,7 +40,18 @@ def anchored(config: Config) -> Config:
     if data.corpus != "stdlib":
         paths["corpus"] = data.corpus
     update = {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items() if path is not None}
-    return config.self_contained().model_copy(update={"data": data.model_copy(update=update)})
+    phases = config.phase
+    if isinstance(phases, tuple):
+        phases = tuple(one.model_copy(update={"when": _anchored_run(one.when)}) for one in phases)
+    more = {"data": data.model_copy(update=update), "phase": phases}
+    return config.model_copy(update=more).self_contained()
+
+
+def _anchored_run(when: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A trigger's table with the absolute path of the run that it compares with."""
+    if when is None or "run" not in when:
+        return when
+    return {**when, "run": os.path.abspath(os.path.expanduser(when["run"]))}
 
 
 def keep_corpus(run: RunDir, corpus: Corpus) -> None:
@@ -92,7 +103,7 @@ def check_same_text(run: RunDir, corpus: Corpus) -> None:
 def load_run(path: str | Path, policy: str | None = None) -> tuple[GPT, Tokenizer, Precision, Checkpoint]:
     """The model of a run at its newest good checkpoint, for reading; the text it was trained on is not needed.
 
-    policy    another policy than the run's own
+    policy    another policy than the run's own; of a run with phases that is the one it was saved in
     raises    RunError if there is no usable checkpoint; CheckpointError if it does not fit the config
     """
     run = RunDir.open(path)
@@ -108,7 +119,8 @@ def load_run(path: str | Path, policy: str | None = None) -> tuple[GPT, Tokenize
             parameter.data = parameter.data.to(weights[name].dtype)  # float64 masters are stored as such
     copy_into(model.state_dict(), weights, "model")
     model.to(hardware.gpu_status()[0])
-    precision = Precision(model, None, policy or config.resolved_policy())
+    own = config.resolved_policy() if config.phase is None else checkpoint.meta["policy"]  # of its phase
+    precision = Precision(model, None, policy or own)
     model.eval()
     return model, Tokenizer.load(run.path / TOKENIZER), precision, checkpoint
 

@@ -15,7 +15,7 @@ from mezzo.cli.console import Progress, clock, describe, size
 INFO: dict[str, Any] = {
     "run": "runs/a", "steps": 1000, "first_step": 0, "parameters": 1234567, "tokens": 8_000_000, "policy": "bf16",
     "device": "cpu", "routes": {"bfloat16": "emulated", "float32": "native"}, "corpus": "ab" * 32,
-    "train_tokens": 2_000_000, "valid_tokens": 100_000, "invalid_utf8": 0, "skipped_files": [],
+    "train_tokens": 2_000_000, "valid_tokens": 100_000, "invalid_utf8": 0, "skipped_files": [], "phases": [],
     "advice": ["head:fprop.a: one", "two"],
 }  # fmt: skip
 

@@ -81,3 +81,20 @@ def test_advice_stands_below_the_table_and_not_in_the_json(mezzo: Mezzo, config:
     ]  # fmt: skip
     assert isinstance(json.loads(mezzo("sites", config, "--policy", policy, "--json").out), list)
     assert "\n\n" not in mezzo("sites", config, "--policy", "fp32").out
+
+
+def test_a_config_with_phases_has_a_table_for_each_with_what_changes(mezzo: Mezzo, config: str, tmp_path: Path) -> None:
+    phases = '\n[[phase]]\nuntil = 2\n[[phase]]\nrules = "head:input=float32"\n'
+    (tmp_path / "phased.toml").write_text((tmp_path / config).read_text() + phases)
+    done = mezzo("sites", "phased.toml")
+    assert (done.code, done.err) == (0, "")
+    first, _, second = done.out.partition("phase 2 of 2: bf16; head:input=float32")
+    assert first.startswith("phase 1 of 2: bf16")
+    assert "blocks.0.mlp.up:fprop.b" in first
+    rows = [line.split()[0] for line in second.splitlines() if "×" in line]
+    assert rows == ["head:fprop.a", "head:wgrad.b"]
+    assert "all other sites are as in the phase before" in second
+    tables = json.loads(mezzo("sites", "phased.toml", "--json").out)
+    formats = [{row["site"]: row["format"] for row in table}["head:fprop.a"] for table in tables]
+    assert formats == ["bfloat16", "float32"]
+    assert len(json.loads(mezzo("sites", "phased.toml", "--json", "--policy", "fp32").out)) == len(tables[0])

@@ -10,8 +10,10 @@ import pytest
 from pydantic import BaseModel
 
 from mezzo.errors import ConfigError
-from mezzo.policy import Policy
-from mezzo.train.config import Config, DataSection, ModelSection, TrainSection, load, parse
+from mezzo.policy import Phase, Policy
+from mezzo.policy.phases import named
+from mezzo.policy.trigger import Skipped
+from mezzo.train.config import Config, DataSection, ModelSection, PhaseSection, TrainSection, load, parse
 from mezzo.train.stored import anchored
 
 # Every field with a value that is not its default.
@@ -64,7 +66,7 @@ def test_a_config_with_only_defaults_is_the_proof_model_in_bf16_on_the_standard_
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("section", [ModelSection, DataSection, TrainSection, Config])
+@pytest.mark.parametrize("section", [ModelSection, DataSection, TrainSection, PhaseSection, Config])
 def test_a_config_cannot_be_changed_in_place(section: type[BaseModel]) -> None:
     with pytest.raises(ValueError, match="frozen"):
         setattr(section(), next(iter(section.model_fields)), None)
@@ -129,6 +131,28 @@ WRONG = {
     'policy="bf16; head:wieght=float32"': "unknown role 'wieght' in the rule for 'head'; known: input, weight",
     'policy="bf16; head:*=float31"': "unknown number format 'float31'; known: float64, float32",
     'policy="bf16; head:*=float32; head:*=float32"': "two rules for 'head:*'; keep one",
+    "phase=3": "phase: the name of a schedule such as dmp, or a list of [[phase]]; got 3",
+    "phase=dpm": "unknown schedule of phases 'dpm'; known: dmp, bf16-finish, or a list of [[phase]]",
+    "phase=[]": "a schedule needs at least one phase",
+    "phase=[{untl=5}, {}]": "unknown key 'untl' in phase 1; did you mean until?",
+    "phase=[{until=5}, {speed=2}]": "unknown key 'speed' in phase 2; known: policy, rules, lr, until, when, calibrate",
+    'phase=[{until="x"}, {}]': "phase 1.until: a step, or a share of the run with a point, got 'x'",
+    "phase=[{until=true}, {}]": "phase 1.until: a step, or a share of the run with a point, got True",
+    "phase=[{until=nan}, {}]": "phase 1.until: a step, or a share of the run with a point, got nan",
+    "phase=[{until=5, lr=-1}, {}]": "phase 1.lr: Input should be greater than 0, got -1",
+    "phase=[{until=5, calibrate=1}, {}]": "phase 1.calibrate: Input should be a valid boolean, got 1",
+    "phase=[{until=5, when=3}, {}]": "phase 1.when: a table such as {trigger = 'stall'}, got 3",
+    "phase=[{until=5, policy=3}, {}]": "phase 1.policy: a string such as bf16, or a table with recipe, rule, loss",
+    "phase=[{until=5}, 3]": "phase 2: a table of keys such as until, got 3",
+    "phase=[{}, {}]": "phase 1 never ends; give it until = STEP or SHARE, or a trigger with when",
+    "phase=[{until=2000}, {}]": "phase 1 ends at step 2000, but the run has 1000 steps",
+    "phase=[{until=1.5}, {}]": "phase 1: until = 1.5 is no share from 0.0 to 1.0; write a step without a point",
+    "phase=[{until=5}, {until=4}, {}]": "phase 2 ends at step 4, before the one ahead of it does (5)",
+    "phase=[{until=5}, {calibrate=true}]": "phase 2 is the last one: its calibration would be for a phase that does",
+    'phase=[{until=5, policy="fp8x"}, {}]': "phase 1: unknown recipe 'fp8x'",
+    'phase=[{until=5}, {rules="head"}]': "phase 2: expected SITE=FORMAT or loss_scale=…, got 'head'",
+    'phase=[{when={trigger="stal"}}, {}]': "phase 1: a phase's when needs trigger = one of underflow, skipped, loss_s",
+    'phase=[{when={trigger="skipped", abov=1}}, {}]': "phase 1: unknown key 'abov' of the trigger skipped; known: a",
     "train": "--set takes key=value, such as train.steps=200; got 'train'",
     "=5": "--set takes key=value, such as train.steps=200; got '=5'",
 }
@@ -195,3 +219,58 @@ def test_a_policy_from_a_file_is_read_once_and_spelled_out(tmp_path: Path) -> No
 def test_a_config_that_was_made_by_hand_is_spelled_out_for_the_run(tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text('recipe = "fp16"')
     assert anchored(Config(policy=str(tmp_path / "my.toml"))).policy == "fp16"
+
+
+PHASES = """
+policy = "fp16; head:*=float32"
+[[phase]]
+until = 400
+when = {trigger = "skipped", above = 3}
+[[phase]]
+policy = {recipe = "fp32"}
+until = 0.5
+calibrate = true
+[[phase]]
+rules = "*:fprop.a=bf16; head:*=bf16"
+lr = 0.1
+"""
+
+
+def test_phases_take_the_policy_of_the_config_or_their_own_and_survive_a_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(PHASES)
+    config = load(path)
+    schedule = config.schedule()
+    assert schedule is not None
+    assert schedule.phases == (
+        Phase(Policy.parse("fp16; head:*=float32"), until=400, when=Skipped(3)),
+        Phase(Policy("fp32"), until=0.5, calibrate=True),
+        Phase(Policy.parse("fp16; *:fprop.a=bfloat16; head:*=bfloat16"), lr=0.1),
+    )
+    assert schedule.ends == (400, 500, None)
+    path.write_text(config.to_toml())
+    assert load(path) == config
+    assert load(path).to_toml() == config.to_toml()
+
+
+def test_a_schedule_may_be_named() -> None:
+    config = load(None, ["phase=dmp", "policy=nvfp4", "train.steps=100"])
+    schedule = config.schedule()
+    assert schedule is not None
+    assert (schedule.phases, schedule.ends) == (named("dmp", Policy("nvfp4")), (75, 80, None))
+    assert parse(tomllib.loads(config.to_toml())) == config
+    assert load().schedule() is None
+
+
+def test_phases_that_name_files_are_spelled_out_and_their_references_anchored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my.toml").write_text('recipe = "fp16"\n[[rule]]\nsite = "head:*"\nformat = "fp32"\n')
+    monkeypatch.chdir(tmp_path)
+    when = {"trigger": "parts", "run": "runs/first", "above": 0.01}
+    config = anchored(parse({"phase": [{"policy": "my.toml", "when": when}, {"policy": {"recipe": "my.toml"}}]}))
+    assert isinstance(config.phase, tuple)
+    assert config.phase[0].policy == "fp16; head:*=float32"
+    assert config.phase[1].policy == {"recipe": "fp16", "rule": [{"site": "head:*", "format": "float32"}]}
+    assert config.phase[0].when == when | {"run": str(tmp_path / "runs/first")}
+    assert when["run"] == "runs/first"
