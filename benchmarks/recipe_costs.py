@@ -31,7 +31,11 @@ from mezzo.torch.saved import kept_bytes
 from mezzo.train.config import load
 from mezzo.train.session import make_optimizer, model_config, prepare_corpus
 
-SAVED = ("bf16; *:saved=bfloat16", "fp8; *:saved=mxfp8; (model):saved=bfloat16")  # activations kept in fewer bits
+MORE = (
+    "bf16; *:saved=bfloat16",  # activations kept in fewer bits
+    "fp8; *:saved=mxfp8; (model):saved=bfloat16",
+    "nvfp4; *:fprop.a=bfloat16; *:fprop.b=bfloat16",  # the last phase of the schedule dmp
+)
 
 
 @dataclass
@@ -61,7 +65,7 @@ def arms(names: list[str], config: Any, shape: Any) -> Iterator[Arm]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--recipes", nargs="*", default=[*RECIPES, *SAVED])
+    parser.add_argument("--recipes", nargs="*", default=[*RECIPES, *MORE])
     options = parser.parse_args()
     names = list(dict.fromkeys(["fp32", *options.recipes]))
     config = load(None, ["model.preset=gpt-proof", "train.batch=8"])
