@@ -125,6 +125,12 @@ class Schedule:
         """The position after `step` steps in which no trigger fired."""
         return self._settle(Position(), step)
 
+    def following(self, index: int) -> Phase:
+        """The phase that comes after one: the first that is not over by the time it ends."""
+        now = self.ends[index] or 0
+        later = zip(self.phases[index + 1 :], self.ends[index + 1 :], strict=True)
+        return next(phase for phase, end in later if end is None or end > now)
+
     def _settle(self, position: Position, step: int) -> Position:
         while position.index < len(self.phases) - 1:
             end, when = self.ends[position.index], self.phases[position.index].when

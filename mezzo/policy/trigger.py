@@ -194,8 +194,9 @@ class Stall(Trigger):
     def fires(self, memory: Sequence[Record]) -> bool:
         losses = [record["loss"] for record in memory]
         before, late = losses[: -self.evaluations], losses[-self.evaluations :]
+        best = min((loss for loss in before if not math.isnan(loss)), default=math.inf)
         # NaN compares false, so a loss that is none counts as no improvement
-        return bool(before) and not any(loss < min(before) * (1 - self.margin) for loss in late)
+        return bool(before) and not any(loss < best * (1 - self.margin) for loss in late)
 
     def __str__(self) -> str:
         return f"{self.evaluations} evaluations without an improvement of {self.margin:.2%}"

@@ -9,11 +9,9 @@ OUT/parity.json, gaps.png  the verdict
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import statistics
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from mezzo.errors import ConfigError, MezzoError, RunError
 from mezzo.proof import samples
+from mezzo.proof.pool import side_by_side
 from mezzo.proof.run import Job, arms, paired, run, with_seed
 from mezzo.proof.statistics import Finding, Plan, find
 from mezzo.train.config import Config
@@ -64,33 +63,34 @@ class Parity:
 
     def _begin(self, decided: dict[str, Any]) -> None:
         plan = self.out / "plan.json"
-        if plan.exists():
-            before = json.loads(plan.read_text())
-            changed = sorted(_differences(before, decided))
-            if changed:
-                raise RunError(
-                    f"{self.out} was begun otherwise: {', '.join(changed[:4])}. What decides a verdict is fixed before "
-                    "the first run; for another plan choose another --out"
-                )
-        elif self.out.exists() and any(self.out.iterdir()):
+        if not plan.exists() and self.out.exists() and {path.name for path in self.out.iterdir()} - {".lock"}:
             raise RunError(f"{self.out} is not empty and holds no parity proof; choose another --out")
-        else:
-            (self.out / "runs").mkdir(parents=True, exist_ok=True)
-            write_atomically(plan, json.dumps(decided, indent=2).encode())
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make {self.out}: {error.strerror or error}; choose another --out") from error
+        with self._lock():
+            if not plan.exists():
+                write_atomically(plan, json.dumps(decided, indent=2).encode())
+                return
+        changed = sorted(_differences(json.loads(plan.read_text()), decided))
+        if changed == [f"threads was {json.loads(plan.read_text())['threads']!r}, now {self.threads}"]:
+            raise RunError(f"{self.out}: {changed[0]} for each run; give --jobs so that it stays the same")
+        if changed:
+            raise RunError(
+                f"{self.out} was begun otherwise: {', '.join(changed[:4])}. What decides a verdict is fixed before "
+                "the first run; for another plan choose another --out"
+            )
 
     # --- runs ---
 
     def results(self) -> dict[tuple[str, int], Result]:
-        """Those of the runs that ended, by arm and seed."""
+        """Those of the runs that ended, by arm and seed; a last line that a crash tore off does not count."""
         path = self.out / "results.jsonl"
-        found = {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                result = json.loads(line)
-            except ValueError:
-                continue  # a line that a crash tore off: that run is evaluated anew
-            found[result["arm"], result["seed"]] = result
-        return found
+        if not path.exists():
+            return {}
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+        return {(result["arm"], result["seed"]): result for result in map(json.loads, whole.splitlines())}
 
     def train(self, told: Callable[[Result, Finding | None], None]) -> Iterator[Finding]:
         """Run what is missing, pair by pair; yields the finding at each look and ends at the first verdict.
@@ -110,42 +110,28 @@ class Parity:
     def _until(self, seeds: int, told: Callable[[Result, Finding | None], None]) -> None:
         done = self.results()
         jobs = [self._job(arm, seed) for arm, seed in paired(self.configs, seeds) if (arm, seed) not in done]
-        for result in map(run, jobs) if self.jobs == 1 else self._side_by_side(jobs):
+        for result in map(run, jobs) if self.jobs == 1 else side_by_side(jobs, self.jobs):
+            if "arm" in result:
+                self._keep({key: value for key, value in result.items() if key != "interrupted"})
+                told(result, self.finding())
             if result.get("interrupted"):
                 raise KeyboardInterrupt
-            self._keep(result)
-            told(result, self.finding())
-
-    def _side_by_side(self, jobs: list[Job]) -> Iterator[Result]:
-        """Results as they come; after an interruption those of the runs still going, then none is begun."""
-        stopped: list[Result] = []
-        with ProcessPoolExecutor(self.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            running: set[Future[Result]] = set()
-            while jobs or running:
-                while jobs and len(running) < self.jobs and not stopped:
-                    running.add(pool.submit(run, jobs.pop(0)))
-                try:
-                    finished, running = wait(running, return_when=FIRST_COMPLETED)
-                except KeyboardInterrupt:  # the runs were told too, and save what they trained
-                    stopped.append({"interrupted": True})
-                    continue
-                for result in (one.result() for one in finished):
-                    if result.get("interrupted"):
-                        stopped.append(result)
-                    else:
-                        yield result
-                if stopped and not running:
-                    yield stopped[0]
-                    return
 
     def _job(self, arm: str, seed: int) -> Job:
         config = with_seed(self.configs[arm], seed).model_dump(exclude_none=True)
-        return Job(arm, seed, config, self.out / "runs" / f"{arm}-{seed:03d}", self.threads)
+        first = next(iter(self.results().values()), {})
+        return Job(arm, seed, config, self.out / "runs" / f"{arm}-{seed:03d}", self.threads, first.get("where"))
 
     def _keep(self, result: Result) -> None:
         if "failed" in result and result["arm"] != "candidate":
-            raise MezzoError(f"the {result['arm']} of seed {result['seed']} could not be trained: {result['failed']}")
-        with open(self.out / "results.jsonl", "a", encoding="utf-8") as file:
+            raise MezzoError(
+                f"the {result['arm']} of seed {result['seed']} could not be trained, so there is nothing to compare: "
+                f"{result['failed']}"
+            )
+        path = self.out / "results.jsonl"
+        if path.exists() and not (whole := path.read_bytes()).endswith(b"\n"):
+            write_atomically(path, whole[: whole.rfind(b"\n") + 1])  # a crash tore the last line off
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
             file.flush()
             os.fsync(file.fileno())

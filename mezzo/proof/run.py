@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mezzo.errors import NonfiniteError
+from mezzo.errors import ConfigError, NonfiniteError, RunError
 from mezzo.proof.samples import draw
 from mezzo.torch import Precision, Step
+from mezzo.train.checkpoint import environment_differences
 from mezzo.train.config import Config, parse
 from mezzo.train.listeners import Listener
 from mezzo.train.rundir import RunDir
@@ -31,6 +33,7 @@ class Job:
     config     of the run, as plain data
     path       its run directory
     threads    of torch
+    where      text, machine and versions of the proof's first run, which this one must share; None: it is the first
     """
 
     arm: str
@@ -38,6 +41,7 @@ class Job:
     config: dict[str, Any]
     path: Path
     threads: int
+    where: dict[str, Any] | None = None
 
 
 class Perturbed:
@@ -63,40 +67,61 @@ class Perturbed:
 def run(job: Job) -> dict[str, Any]:
     """Train one arm with one seed, from wherever its run directory is.
 
-    returns   the arm's result, plain data; {"interrupted": True} if a signal stopped it (what it trained is saved);
-              {"failed": why} if its gradients stay nonfinite
+    returns   the arm's result, plain data, with "failed": why if it could not be trained, and "interrupted" if a signal
+              came; {"interrupted": True} alone if that ended it before its last step (what it trained is saved)
+    raises    RunError if text, machine or versions are not those of the proof's other runs
     """
     torch.set_num_threads(job.threads)
     if (job.path / "config.toml").exists():
         session = Session.resume(job.path, read_config(RunDir.open(job.path)), Listener())
     else:
         session = Session.start(parse(job.config), job.path, Listener())
-    t = session.config.train
-    if job.arm == "control":
-        session.trains = Perturbed(session.precision, t.seed)
-    base = {"arm": job.arm, "seed": job.seed, "phases": session.phased.lines}
     try:
-        if session.first < t.steps:
-            for _ in session.train():
-                pass
-        if session.interrupted:
-            return {"interrupted": True}
-        return base | _result(session)
-    except NonfiniteError as error:
-        return base | {"failed": str(error)}
+        if job.arm == "control":
+            session.trains = Perturbed(session.precision, session.config.train.seed)
+        here = _where(session)
+        if job.where is not None and (changed := environment_differences(job.where, here)):
+            raise RunError(
+                f"the other runs of this proof are not of the same kind ({'; '.join(changed)}), so they make no pair; "
+                "go on where it was begun, or choose another --out"
+            )
+        result = {"arm": job.arm, "seed": job.seed, "phases": session.phased.lines, "where": here}
+        try:
+            if session.first < session.config.train.steps:
+                for _ in session.train():
+                    pass
+            if session.interrupted:
+                return {"interrupted": True}
+            result |= _measured(session)
+        except NonfiniteError as error:
+            result["failed"] = str(error)
+        return result | ({"interrupted": True} if session.stopping else {})
     finally:
         session.close()
 
 
-def _result(session: Session) -> dict[str, Any]:
+def _where(session: Session) -> dict[str, Any]:
+    """What runs must share to be paired."""
+    kinds = ("torch", "machine", "threads", "device", "device_name", "cuda", "contract")
+    return {key: session.environment[key] for key in kinds} | {"corpus": session.corpus.sha256}
+
+
+def _measured(session: Session) -> dict[str, Any]:
     t, records = session.config.train, session.run.records()
     tokens = t.batch * t.accumulate * session.shape.seq_len
+    losses = session.evaluate(batches=WHOLE)
+    if not isfinite(losses["val_loss_fp32"]):
+        raise NonfiniteError(f"its held-out loss is {losses['val_loss_fp32']}")
+    try:
+        samples = draw(session)
+    except NonfiniteError:  # under the policy; whether it was trained is not for a sample to say
+        samples = []
     return {
         "policy": str(session.precision.policy),
-        **session.evaluate(batches=WHOLE),
+        **losses,
         "skipped": sum(bool(record["skipped"]) for record in records),
         "seconds": sum(tokens / record["tokens_per_s"] for record in records),
-        "samples": draw(session),
+        "samples": samples,
     }
 
 
@@ -110,6 +135,16 @@ def arms(config: Config, policy: str | None, against: str) -> dict[str, Config]:
     data = config.model_dump(exclude_none=True)
     flat = {key: value for key, value in data.items() if key != "phase"}
     reference = parse(flat | {"policy": against})
+    named = (
+        [i for i, one in enumerate(config.phase, 1) if one.policy is not None]
+        if isinstance(config.phase, tuple)
+        else []
+    )
+    if policy is not None and named:
+        raise ConfigError(
+            f"--policy {policy} would not reach phase {named[0]} of the config, which has a policy of its own; drop "
+            "one of the two"
+        )
     candidate = parse(data if policy is None else data | {"policy": policy})
     return {"reference": reference, "candidate": candidate, "control": reference}
 

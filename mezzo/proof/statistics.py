@@ -69,6 +69,8 @@ class Plan:
             )
         if not 0 < alpha < 0.5:
             raise ConfigError(f"alpha is an error rate between 0 and 0.5, got {alpha:g}")
+        if looks is not None and (list(looks) != sorted(set(looks)) or not looks or looks[0] < 2 or looks[-1] != seeds):
+            raise ConfigError(f"looks are numbers of pairs that grow from 2 or more to {seeds}, got {list(looks)}")
         if looks is None:
             early = {ceil(seeds / 2), ceil(3 * seeds / 4)}
             looks = [*sorted(n for n in early if 4 <= n < seeds), seeds]
@@ -130,6 +132,7 @@ def find(gaps: Sequence[float], plan: Plan, failed: int = 0) -> Finding:
     failed    pairs in which only the policy's run could not be trained to its end: that is a loss
     """
     n = len(gaps)
+    assert all(map(isfinite, gaps)), "a run without a finite loss has failed"
     if failed:
         gap = statistics.fmean(gaps) if gaps else inf
         return Finding(

@@ -35,6 +35,7 @@ class Calibration:
 
     def __init__(self, precision: Precision, following: Policy) -> None:
         self.precision = precision
+        self.following = following
         table = precision.table(following)
         self.rows = table.delayed_rows()
         self.scaling = following.loss_scaling

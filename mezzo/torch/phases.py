@@ -12,7 +12,7 @@ from mezzo.errors import ConfigError
 from mezzo.policy import Phase, Policy, Schedule, Site
 from mezzo.policy import phases as known
 from mezzo.policy.phases import Position
-from mezzo.policy.site import ROOT
+from mezzo.policy.site import ROOT, SHORTHANDS
 from mezzo.policy.trigger import Trigger, Underflow
 from mezzo.torch.calibrate import Calibration, compare
 from mezzo.torch.precision import Precision
@@ -129,6 +129,8 @@ class Phases:
             if self.phase.calibrate:
                 more["calibration"] = compare(self.precision, before.policy, self.policy, self.loss, self.evaluate)
             measured = calibration.loss_scale() if calibration is not None else None
+            if calibration is not None and calibration.following != self.policy:
+                measured = None  # a trigger led elsewhere
             self.precision.switch(self.policy, loss_scale=measured)
             if measured is not None:
                 more.setdefault("calibration", {})["loss_scale"] = float(self.precision.scales.loss.scale)
@@ -149,9 +151,8 @@ class Phases:
         if anew or not phase.calibrate:
             self._calibration = None
         if phase.calibrate:
-            following = self.schedule.phases[self.position.index + 1].policy
             if self._calibration is None:
-                self._calibration = Calibration(self.precision, following)
+                self._calibration = Calibration(self.precision, self.schedule.following(self.position.index).policy)
             taps.append(self._calibration)
         if isinstance(phase.when, Underflow) and self.step % phase.when.every == 0:
             self._counts = {phase.when.sites: []}
@@ -159,6 +160,8 @@ class Phases:
 
     def _count(self, site: Site, before: Tensor, after: Tensor) -> None:
         when = self.phase.when
+        if not (self.precision.scales.training or site.role in SHORTHANDS["grad_output"]):
+            return  # an evaluation between the step and its record
         if isinstance(when, Underflow) and when.matches(site):
             there = before != 0
             self._counts[when.sites].append(torch.stack([((after == 0) & there).sum(), there.sum()]))

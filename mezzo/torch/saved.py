@@ -68,7 +68,7 @@ def saving(mode: SiteMode, model: nn.Module) -> Iterator[None]:
         if spec is None or not _shrinks(x, spec) or x.untyped_storage()._cdata in own:
             return x
         storage = StorageWeakRef(x.untyped_storage())
-        key = (storage.cdata, x.storage_offset(), x.shape, x.stride(), x._version, spec)
+        key = (storage.cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, x._version, spec)
         there = packed.get(key)
         if there is None or there[0].expired():
             packed[key] = there = storage, _round(mode, x, spec)
@@ -84,7 +84,7 @@ def saving(mode: SiteMode, model: nn.Module) -> Iterator[None]:
 def kept_bytes(precision: Precision, forward: Callable[[], object]) -> int:
     """Bytes that autograd holds of one forward pass until the backward pass: each storage once, parameters left out.
 
-    forward   runs the model once, with gradients
+    forward   runs the model once, with gradients, and returns something that holds the graph, such as the loss
     """
     mode = precision.mode
     found: dict[int, int] = {}
@@ -98,7 +98,10 @@ def kept_bytes(precision: Precision, forward: Callable[[], object]) -> int:
 
 
 def _shrinks(x: Tensor, spec: Spec) -> bool:
-    wide = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and 8 * x.element_size() > spec.fmt.bits
+    smaller = x.numel() * spec.fmt.bits < 8 * x.untyped_storage().nbytes()  # of an expanded tensor it is not
+    wide = (
+        smaller and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and 8 * x.element_size() > spec.fmt.bits
+    )
     return wide and x.dim() > 1 and x.shape[-1] >= STATISTICS
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ class LossScaler:
         """Start anew from a scale that was measured, kept between floor and ceiling."""
         if self.scaling is not None:
             self.state = self._on_device(min(max(scale, self.scaling.floor), self.scaling.ceiling), 0, 0, 0)
+
+    def forgive(self) -> None:
+        """Begin the count of overflows at the floor anew."""
+        self.state = replace(self.state, at_floor=torch.zeros_like(self.state.at_floor))
 
     def state_dict(self) -> dict[str, Tensor]:
         s = self.state

@@ -113,6 +113,7 @@ class Scales:
             if all(value is not None for value in saved.values()):
                 self._losses[loss_scaling].load_state_dict(saved)
         self.loss = self._losses[loss_scaling]
+        self.loss.forgive()
         if scale is not None:
             self.loss.begin(scale)
         self._rescale(self.loss.scale / before, self.history)

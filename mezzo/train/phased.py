@@ -77,13 +77,18 @@ class PhasedRun:
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint's manifest."""
-        return {"lines": self.lines, **self.phases.state_dict()} if self.several else {}
+        return {"schedule": self._schedule(), **self.phases.state_dict()} if self.several else {}
+
+    def _schedule(self) -> list[Any]:
+        """The phases as plain data: what makes a checkpoint's the same."""
+        found = zip(self.phases.schedule.phases, self.phases.schedule.ends, strict=True)
+        return [[str(p.policy), p.lr, end, p.when.to_dict() if p.when else None, p.calibrate] for p, end in found]
 
     def load(self, state: dict[str, Any] | None, step: int) -> str | None:
         """Go to where a checkpoint was taken; returns what a person should read if the phases are others now."""
         if not self.several:
             return None
-        if state and state["lines"] == self.lines:
+        if state and state["schedule"] == self._schedule():
             self.phases.load_state_dict(state)
             return None
         position = self.phases.schedule.at(step)

@@ -412,6 +412,11 @@ class Session:
                 signal.signal(number, handler)
 
     @property
+    def stopping(self) -> bool:
+        """Whether a signal asked for the end."""
+        return self._stopping
+
+    @property
     def interrupted(self) -> bool:
         """Whether a signal ended the run before its last step."""
         return self._stopping and self.first < self.config.train.steps

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,11 +77,14 @@ def test_a_finished_run_is_not_trained_again_and_a_torn_line_is(small: Small, tm
     _, findings, again = prove(small(), out, policy="bf16")
     assert again == []
     assert results.read_text() == whole
-    results.write_text(whole[:-40])
-    _, same, again = prove(small(), out, policy="bf16")
-    assert [(r["arm"], r["seed"]) for r in again] == [("control", 1)]
-    assert timeless(again[0]) == timeless(told[-1])
-    assert same == findings
+    lines = whole.splitlines(keepends=True)
+    for torn in (lines[4][:-40], lines[4][:-1]):  # the second candidate's; the last one lacks only its line break
+        results.write_text("".join([*lines[:4], torn]))
+        _, same, again = prove(small(), out, policy="bf16")
+        assert [(r["arm"], r["seed"]) for r in again] == [("candidate", 1), ("control", 1)]
+        assert [timeless(r) for r in again] == [timeless(r) for r in told[-2:]]
+        assert same == findings
+        assert [timeless(json.loads(line)) for line in results.read_text().splitlines()] == [timeless(r) for r in told]
 
 
 @pytest.mark.parametrize("arm", ["candidate", "control"])
@@ -133,6 +142,65 @@ def test_the_plan_is_fixed_before_the_first_run(small: Small, tmp_path: Path) ->
         with pytest.raises(RunError, match="was begun otherwise") as error:
             Parity(config, policy, "fp32", plan, out, jobs=1)
         assert named in str(error.value)
+
+
+def test_pairs_are_of_one_text_and_one_machine(small: Small, story: Path, tmp_path: Path) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text(story.read_text())
+    config = small(f"data.corpus={text}")
+    out = tmp_path / "proof"
+    prove(config, out, policy="bf16")
+    results = out / "results.jsonl"
+    first, *_ = results.read_text().splitlines(keepends=True)
+    other = json.loads(first)
+    other["where"]["torch"] = "1.0"
+    results.write_text(json.dumps(other) + "\n")
+    with pytest.raises(RunError, match=r"torch: 1\.0 when saved"):
+        prove(config, out, policy="bf16")
+    results.write_text(first)
+    shutil.rmtree(out / "runs")
+    text.write_text(story.read_text() + "\n\nMore of it.")
+    with pytest.raises(RunError, match="corpus: "):
+        prove(config, out, policy="bf16")
+
+
+def test_a_policy_that_would_not_reach_every_phase_is_refused(small: Small, tmp_path: Path) -> None:
+    config = small(phase=[{"until": 3}, {"policy": "fp32"}], policy="mxfp8")
+    with pytest.raises(ConfigError, match="would not reach phase 2"):
+        Parity(config, "nvfp4", "fp32", Plan.of(2, 0.01), tmp_path / "proof", jobs=1)
+    assert Parity(config, None, "fp32", Plan.of(2, 0.01), tmp_path / "proof", jobs=1).candidate.endswith("→ fp32")
+
+
+def test_a_model_whose_loss_is_not_finite_has_failed(small: Small, tmp_path: Path) -> None:
+    proof = Parity(small(), "bf16", "fp32", Plan.of(2, 0.01), tmp_path / "proof", jobs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "evaluate", lambda self, batches=None: {"val_loss": 1.0, "val_loss_fp32": math.nan})
+        assert run(proof._job("candidate", 0))["failed"] == "its held-out loss is nan"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_runs_that_are_going(story: Path, proof_cache: Path, tmp_path: Path, number: int) -> None:
+    settings = [
+        "model.preset=gpt-tiny", "model.layers=1", "model.d_model=32", "model.heads=1", "model.seq_len=32",
+        f"data.corpus={story}", "data.vocab_size=300", f"data.cache={proof_cache / 'corpora'}", "train.steps=300",
+        "train.batch=2", "train.checkpoint_every=1000",
+    ]  # fmt: skip
+    command = [sys.executable, "-c", "from mezzo.cli.main import main; main()", "parity"]
+    command += ["--policy", "bf16", "--seeds", "2", "--jobs", "2", "--margin", "5%", "--out", str(tmp_path / "proof")]
+    command += [word for one in settings for word in ("--set", one)]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "proof" / "runs" / "reference-000" / "steps.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.stat().st_size) and started.poll() is None:
+        time.sleep(0.05)
+    started.send_signal(number)
+    out, err = started.communicate(timeout=120)
+    assert (started.returncode, err) == (75, ""), out
+    assert "stopped and saved" in out
+    assert newest(tmp_path / "proof" / "runs" / "reference-000")[0] is not None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len((tmp_path / "proof" / "results.jsonl").read_text().splitlines()) == 6
 
 
 def test_a_folder_with_something_else_is_left_alone(small: Small, tmp_path: Path) -> None:
