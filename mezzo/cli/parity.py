@@ -67,7 +67,11 @@ def parity(
 
     def told(result: dict[str, Any], so_far: Finding | None) -> None:
         loss = f"held-out loss {result['val_loss_fp32']:.4f}" if "failed" not in result else "FAILED"
-        gap = f"; gap {so_far.gap:+.3%} in {so_far.n} pairs" if so_far is not None and so_far.n else ""
+        gap = (
+            f"; gap {so_far.gap:+.3%} in {so_far.n} pair{'s' * (so_far.n > 1)}"
+            if so_far is not None and so_far.n
+            else ""
+        )
         left = _left(proof)
         console.print(f"{result['arm']:9} seed {result['seed']}  {loss}{gap}{left}")
 
@@ -92,9 +96,14 @@ def _share(text: str) -> float:
     try:
         if rest.strip():
             raise ValueError(text)
-        return float(number) / (100 if percent else 1)
+        share = float(number) / (100 if percent else 1)
     except ValueError:
         raise ConfigError(f"--margin is a share such as 0.25% or 0.0025, got {text!r}") from None
+    if share >= 0.05 and not percent:
+        raise ConfigError(
+            f"--margin {text} would be {share:.0%}; write {text}% for {text} percent, or {share:.0%} if you mean it"
+        )
+    return share
 
 
 def _describe(proof: Parity) -> str:
@@ -146,7 +155,10 @@ def _show(proof: Parity, finding: Finding, console: Console) -> None:
     if finding.note:
         console.print(finding.note)
     if finding.verdict == "not enough evidence" and not finding.note and finding.gap <= -proof.plan.margin:
-        console.print("the candidate looks better than the reference by more than the margin: nothing speaks of a loss")
+        console.print(
+            f"the candidate looks better than the reference, but the interval reaches {finding.high:+.3%}; more pairs, "
+            "planned from the start, would show whether a loss can be excluded"
+        )
     elif finding.verdict == "not enough evidence" and not finding.note:
         console.print(
             f"with a gap and a spread as seen here, some {finding.more:,} seeds would settle it (power 80%); plan them "

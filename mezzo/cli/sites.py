@@ -31,7 +31,11 @@ def sites(source: str, policy: str | None, as_json: bool) -> None:
     phases = _previews(source, policy)
     if as_json:
         tables = [[asdict(row) for row in one.sites()] for one in phases]
-        click.echo(json.dumps(tables[0] if len(tables) == 1 else tables, indent=2))
+        several = [
+            {"phase": number, "policy": str(one.policy), "sites": table}
+            for number, (one, table) in enumerate(zip(phases, tables, strict=True), 1)
+        ]
+        click.echo(json.dumps(tables[0] if len(tables) == 1 else several, indent=2))
         return
     from rich.table import Table
 

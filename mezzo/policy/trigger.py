@@ -216,6 +216,11 @@ class Parts(Trigger):
     evaluations: int = 2
     name: ClassVar[str] = "parts"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.above < 0:
+            raise ConfigError(f"the trigger parts: above is a relative gap from 0 up, got {self.above:g}")
+
     @property
     def span(self) -> int:
         return self.evaluations

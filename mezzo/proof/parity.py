@@ -70,11 +70,13 @@ class Parity:
         except OSError as error:
             raise RunError(f"cannot make {self.out}: {error.strerror or error}; choose another --out") from error
         with self._lock():
-            if not plan.exists():
+            # Until a run has begun nothing was decided: an error in text or policy is not kept for good.
+            if not plan.exists() or not any((self.out / "runs").glob("*/config.toml")):
                 write_atomically(plan, json.dumps(decided, indent=2).encode())
                 return
-        changed = sorted(_differences(json.loads(plan.read_text()), decided))
-        if changed == [f"threads was {json.loads(plan.read_text())['threads']!r}, now {self.threads}"]:
+        before = json.loads(plan.read_text())
+        changed = sorted({text.replace("arms.control.", "arms.reference.") for text in _differences(before, decided)})
+        if changed == [f"threads was {before['threads']!r}, now {self.threads}"]:
             raise RunError(f"{self.out}: {changed[0]} for each run; give --jobs so that it stays the same")
         if changed:
             raise RunError(

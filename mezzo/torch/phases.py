@@ -13,7 +13,7 @@ from mezzo.policy import Phase, Policy, Schedule, Site
 from mezzo.policy import phases as known
 from mezzo.policy.phases import Position
 from mezzo.policy.site import ROOT, SHORTHANDS
-from mezzo.policy.trigger import Trigger, Underflow
+from mezzo.policy.trigger import LossScaleBelow, Underflow
 from mezzo.torch.calibrate import Calibration, compare
 from mezzo.torch.precision import Precision
 from mezzo.torch.switch import undisturbed
@@ -53,7 +53,7 @@ class Phases:
         for number, phase in enumerate(self.schedule.phases, 1):
             try:
                 precision.prepare(phase.policy)
-                _check_sites(precision, phase.when)
+                _check_trigger(precision, phase)
             except ConfigError as error:
                 raise ConfigError(f"phase {number}: {error}") from error
         self.position = self.schedule.start()
@@ -104,8 +104,11 @@ class Phases:
         record    of the step: "step" (steps done so far), and what the triggers ask for: "skipped", "loss_scale",
                   "val_loss_fp32" or "val_loss", "reference_gap"
         returns   what belongs into the record: "phase" (of this step), "underflow" (if it was measured), and on
-                  entering another phase "entered" (its number) and "calibration" (what `compare` found)
+                  entering another phase "entered" (its number), "ended_by" (what ended the one before) and
+                  "calibration" (what `compare` found)
         """
+        if type(record.get("step")) is not int:
+            raise ConfigError('after() takes a record with an integer "step": the steps done so far')
         more: dict[str, Any] = {"phase": self.number}
         for sites, counts in self._counts.items():
             if counts:
@@ -122,10 +125,15 @@ class Phases:
                 "Run the model uncompiled while phases.phase.calibrate"
             )
         self.step = record["step"]
-        before, self.position = self.phase, self.schedule.after(self.position, {**record, **more})
+        before, end = self.phase, self.schedule.ends[self.position.index]
+        try:
+            self.position = self.schedule.after(self.position, {**record, **more})
+        except KeyError as error:
+            raise ConfigError(f"the trigger of phase {self.number} needs {error} in after()'s record") from error
         moved = self.number != more["phase"]
         if moved:
             more["entered"] = self.number
+            more["ended_by"] = f"step {end}" if end is not None and self.step >= end else str(before.when)
             if self.phase.calibrate:
                 more["calibration"] = compare(self.precision, before.policy, self.policy, self.loss, self.evaluate)
             measured = calibration.loss_scale() if calibration is not None else None
@@ -188,12 +196,17 @@ class Phases:
             calibration.largest.fill_(state["largest_gradient"])
 
 
-def _check_sites(precision: Precision, when: Trigger | None) -> None:
-    """raises    ConfigError if a trigger speaks of sites that the model does not have"""
+def _check_trigger(precision: Precision, phase: Phase) -> None:
+    """raises    ConfigError if a trigger speaks of what the model or the policy does not have"""
+    when = phase.when
     if isinstance(when, Underflow):
         paths = [path or ROOT for path, _ in precision.model.named_modules()]
         if not any(map(when.rule.matches_path, paths)):
             raise ConfigError(f"the trigger underflow: {when.sites} matches nothing in this model")
+    if isinstance(when, LossScaleBelow) and (
+        phase.policy.loss_scaling is None or phase.policy.loss_scaling.is_constant
+    ):
+        raise ConfigError(f"the trigger loss_scale: {phase.policy} has no loss scale that moves; take another trigger")
 
 
 def _share(counts: list[Tensor]) -> float:

@@ -13,6 +13,7 @@ from mezzo.policy.site import ROOT
 from mezzo.torch import float8
 from mezzo.torch.attention import algorithm
 from mezzo.torch.intercept import Seen, SiteMode
+from mezzo.torch.saved import STATISTICS
 from mezzo.torch.table import SiteSpec, Table
 
 
@@ -81,7 +82,7 @@ def _rows_of(seen: Seen, table: Table) -> Iterator[SiteRow]:
 def _saved(seen: Seen, table: Table) -> Iterator[SiteRow]:
     """How what an operation keeps for the backward pass is kept; the shape is that of its first operand."""
     spec = table.saved(seen.path)
-    if spec is not None:
+    if spec is not None and len(seen.shapes[0]) > 1 and seen.shapes[0][-1] >= STATISTICS:
         shape = seen.shapes[0]
         yield SiteRow(
             f"{seen.path}:saved", shape, str(spec), "stored", ceil(prod(shape) * spec.fmt.bits / 8), seen.calls

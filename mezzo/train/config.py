@@ -180,7 +180,9 @@ def load(path: str | Path | None = None, settings: Sequence[str] = (), base: Map
         try:
             data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ConfigError(f"no config file {path}; `mezzo train` without one chooses a model for you") from None
+            raise ConfigError(
+                f"no config file {path}; without one `mezzo train` chooses a model, other verbs take the defaults"
+            ) from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"{path} is not a config: {error}") from error
     seen: set[str] = set()

@@ -19,7 +19,8 @@ class Listener:
     they apply: sparsity (if weights are pruned), site (of a skipped step), val_loss (under the policy), val_loss_fp32,
     val_bits_per_byte (of the latter), sample. A run with phases adds phase (that the step was in, from 1), underflow
     (sites → share, where a trigger counts it), reference_gap (run → gap, at an evaluation), entered (the phase that
-    begins after this step) and calibration (what `mezzo.torch.calibrate.compare` found then, the loss scale measured).
+    begins after this step), ended_by (what ended the one before) and calibration (what `mezzo.torch.calibrate.compare`
+    found then, the loss scale measured).
     """
 
     def started(self, info: Record) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from mezzo.torch import Phases, Precision
 from mezzo.train.config import Config
 from mezzo.train.listeners import Record
 from mezzo.train.rundir import RunDir
+from mezzo.train.stored import CORPUS
 
 Curve = tuple[tuple[int, float], ...]  # (step, held-out loss) in order
 
@@ -23,17 +26,23 @@ class PhasedRun:
     """A run's way through the phases of its config; a config without any is one phase.
 
     loss, evaluate   as of `Phases`
+    corpus           SHA-256 of the text, which references must share
     raises           ConfigError if a phase cannot be carried out; RunError if a reference cannot be read
     """
 
     def __init__(
-        self, precision: Precision, config: Config, loss: Callable[[], Tensor], evaluate: Callable[[], float]
+        self,
+        precision: Precision,
+        config: Config,
+        corpus: str,
+        loss: Callable[[], Tensor],
+        evaluate: Callable[[], float],
     ) -> None:
         schedule = config.schedule() or Schedule((Phase(precision.policy),), config.train.steps)
         self.several = len(schedule.phases) > 1
         if config.train.compile:
             _refuse_uncounted(schedule)
-        self.references = reference_curves(schedule)
+        self.references = reference_curves(schedule, corpus)
         self.phases = Phases(precision, schedule.phases, schedule.steps, loss=loss, evaluate=evaluate)
         self.lines = describe(schedule) if self.several else []
 
@@ -63,7 +72,16 @@ class PhasedRun:
         record |= self.phases.after(record)
         if "entered" not in record:
             return None
-        return f"after step {record['step']:,}: {self.lines[record['entered'] - 1]}{_measured(record)}"
+        line = self.lines[record["entered"] - 1]
+        return f"after step {record['step']:,} ({record['ended_by']}): {line}{_measured(record)}"
+
+    def unreached(self) -> str | None:
+        """What a person should read after the last step if phases are left."""
+        left = len(self.phases.schedule.phases) - self.phases.number
+        if not left:
+            return None
+        when = self.phases.phase.when or "its end"
+        return f"the run ended in phase {self.phases.number} of {len(self.lines)}: {when} never came"
 
     def routes(self) -> dict[str, str]:
         """Format → route, of every phase."""
@@ -88,7 +106,7 @@ class PhasedRun:
         """Go to where a checkpoint was taken; returns what a person should read if the phases are others now."""
         if not self.several:
             return None
-        if state and state["schedule"] == self._schedule():
+        if state and state.get("schedule") == self._schedule():
             self.phases.load_state_dict(state)
             return None
         position = self.phases.schedule.at(step)
@@ -133,15 +151,21 @@ def _refuse_uncounted(schedule: Schedule) -> None:
             )
 
 
-def reference_curves(schedule: Schedule) -> dict[str, Curve]:
+def reference_curves(schedule: Schedule, corpus: str) -> dict[str, Curve]:
     """Held-out losses of the runs that triggers compare with, by run directory.
 
-    raises    RunError if a run does not exist or was never evaluated
+    raises    RunError if a run does not exist, was never evaluated or was trained on other text
     """
     curves: dict[str, Curve] = {}
     for run in (phase.when.run for phase in schedule.phases if isinstance(phase.when, Parts)):
         found = [(record["step"], held_out(record)) for record in RunDir.open(run).records()]
         curves[run] = tuple((step, loss) for step, loss in found if loss is not None)
+        try:
+            text = json.loads((Path(run) / CORPUS).read_text(encoding="utf-8"))["sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"the reference {run} does not say what text it was trained on ({error!r})") from error
+        if text != corpus:
+            raise RunError(f"the reference {run} was trained on other text, so the losses cannot be compared")
         if not curves[run]:
             raise RunError(f"the reference {run} was never evaluated: its steps.jsonl has no val_loss")
     return curves

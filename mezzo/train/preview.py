@@ -6,6 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mezzo import hardware
+from mezzo.errors import ConfigError
 from mezzo.models.gpt_torch import GPT
 from mezzo.policy import Policy
 from mezzo.torch import Precision
@@ -38,7 +39,11 @@ def advice(config: Config, device: torch.device) -> list[str]:
     found: dict[str, list[int]] = {}
     of = policies(config)
     for number, policy in enumerate(of, 1):
-        for text in preview(config, device, policy).advice():
+        try:
+            texts = preview(config, device, policy).advice()
+        except ConfigError as error:
+            raise (ConfigError(f"phase {number}: {error}") if len(of) > 1 else error) from None
+        for text in texts:
             found.setdefault(text, []).append(number)
     if len(of) == 1:
         return list(found)

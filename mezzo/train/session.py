@@ -123,7 +123,8 @@ class Session:
         self.trains: Trains = self.precision  # what the loop steps with
         self.first = 0
         self._running: Any = self.model
-        self.phased = PhasedRun(self.precision, config, self._probe, self._held_out)
+        self._entered: str | None = None  # told after the record of the step before it
+        self.phased = PhasedRun(self.precision, config, corpus.sha256, self._probe, self._held_out)
         tensorboard = [TensorBoard(run.path / "tensorboard")] if t.tensorboard else []
         self.listener = Listeners([RunLog(run), *tensorboard, listener])
         self._outer_determinism = torch.are_deterministic_algorithms_enabled()
@@ -240,7 +241,13 @@ class Session:
         outcome = "failed"
         try:
             with self._signals():
-                yield from loop.run(self.first, t.steps)
+                for record in loop.run(self.first, t.steps):
+                    if self._entered is not None:
+                        self.listener.message(self._entered)
+                        self._entered = None
+                    yield record
+                if self.first == t.steps and (left := self.phased.unreached()):
+                    self.listener.message(left)
                 self._save_last(saver)
             outcome = "interrupted" if self.interrupted else "finished"
         except NonfiniteError:
@@ -286,8 +293,7 @@ class Session:
                 record["sample"] = self.sample(t.sample_prompt)
             except NonfiniteError as error:  # whether training can go on is not for a sample to say
                 self.listener.message(f"no sample: {error}")
-        if entered := self.phased.after(record):
-            self.listener.message(entered)
+        self._entered = self.phased.after(record)
         if step % t.checkpoint_every == 0 and not last:
             if damaged := self._damaged():
                 self.listener.message(f"NOT SAVED at step {step:,}: {damaged} is not finite; older checkpoints stay")

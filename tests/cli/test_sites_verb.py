@@ -94,7 +94,9 @@ def test_a_config_with_phases_has_a_table_for_each_with_what_changes(mezzo: Mezz
     rows = [line.split()[0] for line in second.splitlines() if "×" in line]
     assert rows == ["head:fprop.a", "head:wgrad.b"]
     assert "all other sites are as in the phase before" in second
-    tables = json.loads(mezzo("sites", "phased.toml", "--json").out)
+    found = json.loads(mezzo("sites", "phased.toml", "--json").out)
+    assert [one["phase"] for one in found] == [*range(1, len(found) + 1)]
+    tables = [one["sites"] for one in found]
     formats = [{row["site"]: row["format"] for row in table}["head:fprop.a"] for table in tables]
     assert formats == ["bfloat16", "float32"]
     assert len(json.loads(mezzo("sites", "phased.toml", "--json", "--policy", "fp32").out)) == len(tables[0])

@@ -134,7 +134,7 @@ def test_resume_goes_on_says_so_and_has_nothing_to_do_at_the_end(mezzo: Mezzo, c
 
 
 REFUSED = {
-    "no config": (["train", "none.toml"], "no config file none.toml; `mezzo train` without one chooses a model"),
+    "no config": (["train", "none.toml"], "no config file none.toml; without one `mezzo train` chooses a model"),
     "bad TOML": (["train", "bad.toml"], r"bad.toml is not a config: .*at line 1"),
     "unknown key": (["--set", "train.stpes=5"], r"unknown key 'train.stpes'; did you mean train.steps\?"),
     "wrong type": (["--set", "train.steps=soon"], "train.steps: Input should be a valid integer, got 'soon'"),

@@ -132,7 +132,11 @@ def test_it_stops_at_the_first_look_that_decides(small: Small, tmp_path: Path) -
 
 def test_the_plan_is_fixed_before_the_first_run(small: Small, tmp_path: Path) -> None:
     out = tmp_path / "proof"
-    Parity(small(), "bf16", "fp32", Plan.of(2, 0.01), out, jobs=1)
+    Parity(small(data={"corpus": "nowhere.txt"}), "bf16", "fp32", Plan.of(2, 0.01), out, jobs=1)
+    Parity(small(), "bf16", "fp32", Plan.of(2, 0.01), out, jobs=1)  # nothing was run: the plan may still change
+    begun = out / "runs" / "reference-000"
+    begun.mkdir(parents=True)
+    (begun / "config.toml").write_text("")
     for config, policy, plan, named in (
         (small(), "bf16", Plan.of(3, 0.01), "plan.seeds was 2, now 3"),
         (small(), "bf16", Plan.of(2, 0.02), "plan.margin was 0.01, now 0.02"),

@@ -193,7 +193,7 @@ def test_a_key_below_a_value_is_an_error() -> None:
 
 
 def test_a_missing_or_unreadable_file_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no config file .*none.toml; `mezzo train` without one chooses a model"):
+    with pytest.raises(ConfigError, match=r"no config file .*none.toml; without one `mezzo train` chooses a model"):
         load(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("[train\nsteps=5")
     with pytest.raises(ConfigError, match=r"bad.toml is not a config: .*line 1"):

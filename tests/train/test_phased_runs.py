@@ -59,7 +59,9 @@ def test_a_run_goes_through_its_phases_and_its_log_says_so(tmp_path: Path, tiny:
     assert lines[1] == "phase 2 of 4, fp32, to step 6, calibrates"
     assert lines[2].endswith("to step 9 or until more than 90.00% of *:grad_output underflows, learning rate × 0.5")
     told = [message for message in heard.messages if message.startswith("after step")]
-    assert [message.partition(": phase")[0] for message in told] == ["after step 3", "after step 6", "after step 9"]
+    assert [message.partition(": phase")[0] for message in told] == [
+        f"after step {step} (step {step})" for step in (3, 6, 9)
+    ]
     assert "; at the same weights: held-out loss " in told[0]
     assert f"cosine of their gradients {entering['gradient_cosine']:.5f}" in told[0]
     assert told[1].endswith(f"loss scale measured: {leaving['loss_scale']:g}")
@@ -87,7 +89,7 @@ def test_a_middle_phase_of_no_steps_changes_no_bit_of_a_run(tmp_path: Path, tiny
     train(Session.start(base, tmp_path / "alone", Heard()))
     phases = [{"until": 3}, {"policy": "fp32", "until": 3, "calibrate": True}, {}]
     train(Session.start(phased(base, phases), tmp_path / "phased", Heard()))
-    own = ("phase", "entered")
+    own = ("phase", "entered", "ended_by")
     records = [{k: v for k, v in r.items() if k not in own} for r in logged(tmp_path / "phased")]
     assert records == logged(tmp_path / "alone")
     assert_same_state(tmp_path / "phased", tmp_path / "alone")
@@ -154,6 +156,7 @@ def test_a_run_that_parts_from_its_reference_moves_on_and_resumes_anywhere(
     assert records[5]["reference_gap"][run] == pytest.approx(records[5]["val_loss_fp32"] / between - 1, rel=1e-12)
     assert [r["phase"] for r in records] == [1] * 6
     assert records[5]["entered"] == 2, "the second evaluation in a row"
+    assert records[5]["ended_by"].startswith("the held-out loss is ")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
