@@ -134,6 +134,8 @@ def _left(proof: Parity) -> str:
 def _show(proof: Parity, finding: Finding, console: Console) -> None:
     from rich.table import Table
 
+    from mezzo.cli.formats import table_console
+
     summary = proof.summary()
     table = Table("", "seeds", "held-out loss", "bits/byte", "gap", "interval", "time", *(["parsed"] * proof.code),
                   box=None, header_style="bold", title="\nheld-out loss evaluated in float32, on all held-out text",
@@ -147,7 +149,7 @@ def _show(proof: Parity, finding: Finding, console: Console) -> None:
         parsed = [f"{row['parsed']}/{row['samples']}"] if proof.code else []
         table.add_row(arm, str(row["seeds"]), f"{row['val_loss_fp32']:.4f}", f"{row['val_bits_per_byte']:.4f}", *gap,
                       f"{row['seconds'] / base['seconds']:.2f} ×", *parsed)  # fmt: skip
-    console.print(table)
+    table_console().print(table)
     if proof.code:
         console.print("parsed: samples whose whole lines ast.parse accepts", style="dim")
     _show_samples(proof, console)
