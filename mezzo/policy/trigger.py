@@ -7,6 +7,7 @@ were measured, val_loss, val_loss_fp32, underflow and reference_gap. A trigger l
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -20,11 +21,10 @@ Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Trigger:
+class Trigger(ABC):
     """One condition; `fires` says whether it is met.
 
     name    its word in a config
-    span    how many remembered records it looks at
     """
 
     name: ClassVar[str] = ""
@@ -42,19 +42,20 @@ class Trigger:
                 raise ConfigError(f"the trigger {self.name}: {f.name} is a finite number, got {value}")
 
     @property
+    @abstractmethod
     def span(self) -> int:
-        raise NotImplementedError
+        """How many remembered records count."""
 
+    @abstractmethod
     def remembered(self, record: Record) -> dict[str, Any] | None:
         """What of a record this trigger needs later; None: nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fires(self, memory: Sequence[Record]) -> bool:
         """Whether the phase ends now.
 
         memory    what `remembered` gave, in order, at most `span` of them, since the phase began
         """
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         return {"trigger": self.name, **asdict(self)}
