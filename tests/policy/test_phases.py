@@ -177,3 +177,10 @@ def test_more_rules_take_the_place_of_rules_for_the_same_sites() -> None:
     more = policy.with_rules(*Policy.parse("fp32; head:*=bfloat16").rules)
     assert str(more) == "bf16; *.up:input=float16; head:*=bfloat16"
     assert str(policy) == "bf16; head:*=float32; *.up:input=float16"
+
+
+def test_what_a_calibration_measures_for_is_the_first_phase_with_steps_after_it():
+    fp8, fp32, fp16 = map(Policy, ("fp8", "fp32", "fp16"))
+    phases = (Phase(fp8, until=3), Phase(fp32, until=5, calibrate=True), Phase(fp16, until=5), Phase(fp8))
+    assert Schedule(phases, 9).following(1).policy == fp8
+    assert Schedule((*phases[:2], Phase(fp16, until=6), Phase(fp8)), 9).following(1).policy == fp16

@@ -542,3 +542,20 @@ def test_a_schedule_that_was_warmed_compiles_nothing_at_a_change(low):
         phases.after({"step": n, "skipped": done.skipped_now(), "loss_scale": float(done.loss_scale)})
     assert numbers == [1, 1, 2, 2, 3, 3, 4, 4]
     assert len(graphs) == warmed
+
+
+def test_an_evaluation_between_a_step_and_its_record_is_not_counted_as_underflow():
+    shares = []
+    for evaluates in (False, True):
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+        precision = Precision(model, torch.optim.SGD(model.parameters(), lr=0.1), "mxfp4")
+        when = Underflow("*:input", above=0.99, window=5, every=1)
+        phases = Phases(precision, [Phase(Policy("mxfp4"), when=when), Phase(Policy("bf16"))], 9)
+        precision.backward(model(torch.randn(32, 64)).square().mean())
+        precision.step()
+        if evaluates:
+            with torch.no_grad(), precision.using("fp32"):
+                model(torch.randn(32, 64))
+        shares.append(phases.after({"step": 1, "skipped": False, "loss_scale": 1.0})["underflow"]["*:input"])
+    assert 0 < shares[0] == shares[1]

@@ -158,3 +158,16 @@ def test_globs_leave_saved_out() -> None:
     assert Policy.parse("bf16; head:*=float16").spec(Site("head", "saved")) is None
     with pytest.raises(ConfigError, match="another rounding is for"):
         Policy.parse("bf16; *:saved=bfloat16 stochastic")
+
+
+def test_an_expanded_tensor_is_not_made_larger() -> None:
+    class Spread(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(x.expand(512, 64)).sum()
+
+    def held(policy: str) -> int:
+        model, x = Spread(), torch.randn(1, 64, requires_grad=True)
+        precision = Precision(model, None, policy)
+        return kept_bytes(precision, lambda: model(x))
+
+    assert held("fp32; *:saved=bfloat16") == held("fp32")
