@@ -111,7 +111,8 @@ class Parity:
 
     def _until(self, seeds: int, told: Callable[[Result, Finding | None], None]) -> None:
         done = self.results()
-        jobs = [self._job(arm, seed) for arm, seed in paired(self.configs, seeds) if (arm, seed) not in done]
+        where = next((result["where"] for result in done.values()), None)
+        jobs = [self._job(arm, seed, where) for arm, seed in paired(self.configs, seeds) if (arm, seed) not in done]
         for result in map(run, jobs) if self.jobs == 1 else side_by_side(jobs, self.jobs):
             if "arm" in result:
                 self._keep({key: value for key, value in result.items() if key != "interrupted"})
@@ -119,10 +120,9 @@ class Parity:
             if result.get("interrupted"):
                 raise KeyboardInterrupt
 
-    def _job(self, arm: str, seed: int) -> Job:
+    def _job(self, arm: str, seed: int, where: dict[str, Any] | None = None) -> Job:
         config = with_seed(self.configs[arm], seed).model_dump(exclude_none=True)
-        first = next(iter(self.results().values()), {})
-        return Job(arm, seed, config, self.out / "runs" / f"{arm}-{seed:03d}", self.threads, first.get("where"))
+        return Job(arm, seed, config, self.out / "runs" / f"{arm}-{seed:03d}", self.threads, where)
 
     def _keep(self, result: Result) -> None:
         if "failed" in result and result["arm"] != "candidate":

@@ -55,7 +55,7 @@ class Plan:
 
     @classmethod
     def of(cls, seeds: int, margin: float, alpha: float = ALPHA, looks: Sequence[int] | None = None) -> Plan:
-        """A plan that looks at half of the pairs (but at least 4), at three quarters, and at all of them.
+        """A plan that looks at all pairs, and before at half and three quarters of them where these are 4 or more.
 
         raises    ConfigError if there is nothing to decide
         """

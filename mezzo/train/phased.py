@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from mezzo.torch import Phases, Precision
 from mezzo.train.config import Config
 from mezzo.train.listeners import Record
 from mezzo.train.rundir import RunDir
-from mezzo.train.stored import CORPUS
+from mezzo.train.stored import text_of
 
 Curve = tuple[tuple[int, float], ...]  # (step, held-out loss) in order
 
@@ -158,13 +156,10 @@ def reference_curves(schedule: Schedule, corpus: str) -> dict[str, Curve]:
     """
     curves: dict[str, Curve] = {}
     for run in (phase.when.run for phase in schedule.phases if isinstance(phase.when, Parts)):
-        found = [(record["step"], held_out(record)) for record in RunDir.open(run).records()]
+        reference = RunDir.open(run)
+        found = [(record["step"], held_out(record)) for record in reference.records()]
         curves[run] = tuple((step, loss) for step, loss in found if loss is not None)
-        try:
-            text = json.loads((Path(run) / CORPUS).read_text(encoding="utf-8"))["sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"the reference {run} does not say what text it was trained on ({error!r})") from error
-        if text != corpus:
+        if text_of(reference) != corpus:
             raise RunError(f"the reference {run} was trained on other text, so the losses cannot be compared")
         if not curves[run]:
             raise RunError(f"the reference {run} was never evaluated: its steps.jsonl has no val_loss")

@@ -80,14 +80,22 @@ def check_same_settings(run: RunDir, before: Config, now: Config) -> None:
         raise RunError(f"--resume cannot change {', '.join(changed)} of {run.path}; start a new run with --out")
 
 
-def check_same_text(run: RunDir, corpus: Corpus) -> None:
-    """raises    RunError if the run was trained on other text, or with another tokenizer"""
+def text_of(run: RunDir) -> str:
+    """SHA-256 of the text that a run was trained on.
+
+    raises    RunError if the run does not say
+    """
     try:
-        then = str(json.loads((run.path / CORPUS).read_text(encoding="utf-8"))["sha256"])
+        return str(json.loads((run.path / CORPUS).read_text(encoding="utf-8"))["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{run.path / CORPUS} cannot be read ({error!r}): nobody knows what the run trained on"
         ) from error
+
+
+def check_same_text(run: RunDir, corpus: Corpus) -> None:
+    """raises    RunError if the run was trained on other text, or with another tokenizer"""
+    then = text_of(run)
     if then != corpus.sha256:
         raise RunError(
             f"{run.path} was trained on other text (SHA-256 {then[:12]}…, now {corpus.sha256[:12]}…): the text changed "
