@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mezzo.train.config import Config
+    from mezzo.train.listeners import Listener
     from mezzo.train.session import Session
 
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, try again with --resume
@@ -44,7 +48,6 @@ def train(
     """
     from rich.console import Console
 
-    from mezzo.cli.console import Progress
     from mezzo.errors import ConfigError
     from mezzo.train.config import load
     from mezzo.train.rundir import RunDir
@@ -59,13 +62,12 @@ def train(
                 raise ConfigError(f"{option} and --set {twice[0]} say the same thing; drop one of them")
             given.append(f"{key}={json.dumps(value)}")  # a JSON string is a TOML basic string
     console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
-    listener = Progress(console)
 
     if resume is not None:
         if config is not None or out is not None:
             raise ConfigError("--resume goes on with a run's own config; drop CONFIG and --out, change keys with --set")
         now = load(None, given, read_config(RunDir.open(resume)).model_dump(exclude_none=True))
-        session = Session.resume(resume, now, listener)
+        session = Session.resume(resume, now, _listeners(now, console))
         if session.first >= now.train.steps:
             session.close()
             console.print(f"nothing to do: {resume} has its {session.first:,} steps; add some with --set train.steps=…")
@@ -80,7 +82,7 @@ def train(
             chosen = choice.config
             console.print(f"chosen    {choice.reason}")
         out = out or time.strftime("runs/train-%Y%m%d-%H%M%S")
-        session = Session.start(chosen, out, listener, corpus)
+        session = Session.start(chosen, out, _listeners(chosen, console), corpus)
     for _ in session.train():
         pass
     if session.interrupted:
@@ -90,6 +92,16 @@ def train(
         sys.exit(INTERRUPTED)
     prompt = shlex.quote(session.config.train.sample_prompt)
     console.print(f"done; try: mezzo generate {_path(session)} --prompt {prompt}")
+
+
+def _listeners(config: Config, console: Console) -> Listener:
+    """A line for people now and then, and the measures of `observe.*`."""
+    from mezzo.cli.console import Progress
+    from mezzo.observe import RunObserver
+    from mezzo.train.listeners import Listeners
+
+    o = config.observe
+    return Listeners([Progress(console), RunObserver(o.every, o.whatif, o.incidents)])
 
 
 def _path(session: Session) -> str:

@@ -24,9 +24,9 @@ from mezzo.proof import samples
 from mezzo.proof.pool import side_by_side
 from mezzo.proof.run import Job, arms, paired, run, with_seed
 from mezzo.proof.statistics import Finding, Plan, find
+from mezzo.storage import write_atomically
 from mezzo.train.config import Config
 from mezzo.train.preview import policies
-from mezzo.train.rundir import write_atomically
 from mezzo.train.session import choose_device, prepare_corpus
 
 Result = dict[str, Any]

@@ -2,6 +2,7 @@
 
 from mezzo.torch.cpu16 import FastCpu, fast_cpu
 from mezzo.torch.hadamard import hadamard
+from mezzo.torch.observe import Observer, observe
 from mezzo.torch.phases import Phases
 from mezzo.torch.precision import Precision
 from mezzo.torch.prune import Pruner
@@ -14,6 +15,7 @@ CONTRACT = 1  # version of the numerics contract, docs/numerics.md
 __all__ = [
     "CONTRACT",
     "FastCpu",
+    "Observer",
     "Phases",
     "Precision",
     "Pruner",
@@ -21,5 +23,6 @@ __all__ = [
     "Step",
     "fast_cpu",
     "hadamard",
+    "observe",
     "quantize",
 ]

@@ -25,6 +25,7 @@ from mezzo.torch.rounding import carrier
 from mezzo.torch.table import SiteSpec
 
 _OPERANDS = ("query", "key", "value")
+LOGITS = 1 << 20  # of them held at a time where they are measured
 _AXES = (-1, -1, -2)  # what the two products sum over: scores over E, the result over S
 # What the two products of explicit attention are called to those who listen.
 _SHOWN_SCORES = {
@@ -63,6 +64,10 @@ def attention(
     returns     (..., heads, T, E) in the carrier of fprop.out
     """
     groups = query.shape[-3] // key.shape[-3] if enable_gqa else 1
+    if not torch.compiler.is_compiling() and spec.hooks.logits:
+        largest = largest_logit(query, _repeat(key, groups), attn_mask, is_causal, scale)
+        for listener in spec.hooks.logits:
+            listener(spec.path, largest)
     how = algorithm(spec, query.device)
     if how == "explicit":
         key, value = _repeat(key, groups), _repeat(value, groups)
@@ -89,6 +94,40 @@ def attention(
     with float32_kernels(spec.formats["fprop.query"].name if how == "native" else "float32", query.device):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
     return Leave.apply(out, spec, "dgrad.dout")  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def largest_logit(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+    """Largest magnitude of query·keyᵀ·scale + mask over the pairs that attend, 0-d float32; LOGITS of them at a time.
+
+    query   (..., T, E);  key (..., S, E);  attn_mask broadcasts to (..., T, S)
+    """
+    with torch._C.DisableTorchFunctionSubclass(), torch._C.DisableTorchFunction():
+        query, key = query.detach().float(), key.detach().float()
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        lead, t, s = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]), query.shape[-2], key.shape[-2]
+        query, key = query.expand(*lead, -1, -1).flatten(0, -3), key.expand(*lead, -1, -1).flatten(0, -3)
+        if attn_mask is not None:
+            attn_mask = attn_mask.detach().expand(*lead, t, s).flatten(0, -3)
+        largest = torch.zeros((), device=query.device)
+        if 0 in (*query.shape, *key.shape):
+            return largest
+        together, rows = max(1, LOGITS // (t * s)), max(1, min(t, LOGITS // s))
+        columns = torch.arange(s, device=query.device)
+        for first in range(0, len(query), together):
+            for row in range(0, t, rows):
+                at = slice(first, first + together), slice(row, row + rows)
+                logits = query[at].matmul(key[at[0]].mT).mul_(scale)
+                if is_causal:
+                    later = columns > torch.arange(row, min(t, row + rows), device=query.device)[:, None]
+                    logits.masked_fill_(later, 0.0)
+                if attn_mask is not None:
+                    mask = attn_mask[at]
+                    hidden = ~mask if mask.dtype is torch.bool else mask == -math.inf
+                    logits = logits if mask.dtype is torch.bool else logits.add_(mask.float())
+                    logits.masked_fill_(hidden, 0.0)
+                largest = torch.maximum(largest, logits.abs_().amax())
+        return largest
 
 
 class FlashCPU(torch.autograd.Function):

@@ -13,12 +13,13 @@ from mezzo.formats import FLOAT16
 from mezzo.policy import Policy, Site
 from mezzo.policy.site import ROOT, SHORTHANDS
 from mezzo.torch.switch import undisturbed
+from mezzo.torch.table import SiteEvent
 
 if TYPE_CHECKING:
     from mezzo.torch.precision import Precision
 
 HEADROOM = 16.0  # how far below the format's largest value a measured loss scale keeps the largest gradient
-# One tensor rounded once for two products is told once; its amax is both roles'.
+# A convolution rounds a tensor once for two products and tells of it once; its amax is both roles'.
 _TOGETHER = {
     "fprop.a": ("fprop.a", "wgrad.b"),
     "fprop.b": ("fprop.b", "dgrad.b"),
@@ -44,7 +45,8 @@ class Calibration:
         self.largest = torch.zeros((), device=precision.device)  # of unscaled gradients that float16 will hold
         self.told = False
 
-    def __call__(self, site: Site, before: Tensor, after: Tensor) -> None:
+    def __call__(self, event: SiteEvent) -> None:
+        site, before = event.site, event.before
         scales = self.precision.scales
         gradient = site.role in SHORTHANDS["grad_output"]
         self.told = True

@@ -78,7 +78,7 @@ def _(x: Tensor, e4m3: bool, given: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _tell(spec: SiteSpec, role: str, x: Tensor, codes: Tensor, scale: Tensor) -> None:
     if not torch.compiler.is_compiling() and spec.hooks.active:
-        spec.tell(role, x, codes.float() * scale)
+        spec.tell(role, x, codes.float() * scale, scale=scale)
 
 
 def _encode_again(

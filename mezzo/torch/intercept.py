@@ -8,10 +8,11 @@ was seen and has no rule is listed by `Precision.sites()`.
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from mezzo.policy.site import ROOT
 from mezzo.torch.handlers import HANDLERS, PRODUCTS
 from mezzo.torch.saved import saving
 from mezzo.torch.table import Table
+
+if TYPE_CHECKING:
+    from mezzo.torch.precision import Precision
 
 # Modules whose operation is not covered, and which want operands of their parameters' dtype.
 _UNCOVERED = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
@@ -74,6 +78,7 @@ class SiteMode(TorchFunctionMode):
         self.recording: dict[tuple[str, str], Seen] | None = None
         self._noted: Seen | None = None
         self._met: dict[tuple[str, str], int] = {}  # how often each was noted in this forward pass
+        self.precision: weakref.ref[Precision] | None = None  # whose mode this is
         self.owners: dict[int, str] = {}  # id of a parameter → path, for layers used without being called
 
     def __torch_function__(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mezzo.errors import ConfigError
-from mezzo.policy import Phase, Policy, Schedule, Site
+from mezzo.policy import Phase, Policy, Schedule
 from mezzo.policy import phases as known
 from mezzo.policy.phases import Position
 from mezzo.policy.site import ROOT, SHORTHANDS
@@ -17,6 +17,7 @@ from mezzo.policy.trigger import LossScaleBelow, Underflow
 from mezzo.torch.calibrate import Calibration, compare
 from mezzo.torch.precision import Precision
 from mezzo.torch.switch import undisturbed
+from mezzo.torch.table import SiteEvent
 
 
 class Phases:
@@ -166,7 +167,8 @@ class Phases:
             self._counts = {phase.when.sites: []}
             taps.append(self._count)
 
-    def _count(self, site: Site, before: Tensor, after: Tensor) -> None:
+    def _count(self, event: SiteEvent) -> None:
+        site, before, after = event[:3]
         when = self.phase.when
         if not (self.precision.scales.training or site.role in SHORTHANDS["grad_output"]):
             return  # an evaluation between the step and its record

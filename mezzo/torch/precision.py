@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from mezzo import hardware
 from mezzo.errors import ConfigError, NonfiniteError
-from mezzo.policy import LossScaling, Policy
+from mezzo.policy import LossScaling, Policy, Site
 from mezzo.policy.site import ROOT
 from mezzo.torch.advice import advise, operands
 from mezzo.torch.clip import Clipping, norms
@@ -25,7 +26,7 @@ from mezzo.torch.scales import Scales
 from mezzo.torch.sites import SiteRow, rows
 from mezzo.torch.step import Step
 from mezzo.torch.switch import same_storage
-from mezzo.torch.table import Hooks, Table, Tap
+from mezzo.torch.table import Hooks, SiteEvent, StepObserver, Table
 
 
 class Precision:
@@ -81,7 +82,7 @@ class Precision:
             raise ConfigError("the pruner is of another model; make it with Pruner(model, ...) of this one")
         self.pruner = pruner
         self.device = _device_of(model)
-        self.hooks = Hooks(watching=self._always_watches)
+        self.hooks = Hooks()
         self.hardware = hardware.measure(self.device.type)
         self._tables: dict[str, Table] = {}
         self.scales = Scales(seed, self.device, self.policy.loss_scaling)
@@ -90,6 +91,7 @@ class Precision:
         self.compact = Compact(model, table, self.optimizers, seed)
         _make_masters(model, table, self.optimizers, self.compact)
         self.mode = attach(model, table)
+        self.mode.precision = weakref.ref(self)
         self.mode.recording = {}
         self._seen: dict[tuple[str, str], Seen] = self.mode.recording
         self.names = {id(p): name for name, p in model.named_parameters()}
@@ -99,6 +101,7 @@ class Precision:
         kept = model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._buffer_names = sorted(name for name, _ in model.named_buffers() if name in kept)
         self._keep_buffers()
+        self.hooks.watching = self._always_watches
         # A first step that is skipped must not undo a checkpoint loaded in between.
         self._on_load = model.register_load_state_dict_post_hook(lambda *_: self._loaded())
 
@@ -147,6 +150,8 @@ class Precision:
         scale = self.scales.loss.scale
         overflow = ~torch.isfinite(total)
         grad_norm = total.float() / scale
+        for observer in self.hooks.observers:
+            observer.updating(owned)
         self._update(self.clipping.divisor(grads, owned, scale, grad_norm), overflow)
         if self.pruner is not None:
             self.pruner.move(overflow, {p: s.remainder for p, s in self.compact.slots.items()})
@@ -160,6 +165,8 @@ class Precision:
         self.hooks.nonfinite = []
         if self.device.type == "cpu":
             self._finish_last()  # nothing to wait for
+        for observer in self.hooks.observers:
+            observer.stepped(self.last)
         return self.last
 
     def _update(self, divisor: Tensor, overflow: Tensor) -> None:
@@ -225,8 +232,19 @@ class Precision:
 
     @property
     def _always_watches(self) -> bool:
-        """Where overflow is expected, every step is watched; elsewhere only the step after a skipped one."""
-        return self.policy.loss_scaling is not None and bool(self.optimizers)
+        """Where overflow is expected or somebody observes, every step is watched; else the one after a skipped one."""
+        return bool(self.optimizers) and (self.policy.loss_scaling is not None or bool(self.hooks.observers))
+
+    def attach(self, observer: StepObserver) -> None:
+        """Tell `observer` of every step; meanwhile every step is watched for nonfinite results."""
+        self.hooks.observers.append(observer)
+        self.hooks.watching = self._always_watches
+
+    def release(self, observer: StepObserver) -> None:
+        """Undo `attach`."""
+        if observer in self.hooks.observers:
+            self.hooks.observers.remove(observer)
+            self.hooks.watching = self._always_watches
 
     # --- other tables ---
 
@@ -324,13 +342,17 @@ class Precision:
         return texts
 
     @contextmanager
-    def tap(self, listener: Tap) -> Iterator[None]:
+    def tap(self, listener: Callable[[Site, Tensor, Tensor], None]) -> Iterator[None]:
         """Call `listener(site, before, after)` at every rounding, forward and backward, while the context is open."""
-        self.hooks.taps.append(listener)
+
+        def told(event: SiteEvent) -> None:
+            listener(event.site, event.before, event.after)
+
+        self.hooks.taps.append(told)
         try:
             yield
         finally:
-            self.hooks.taps.remove(listener)
+            self.hooks.taps.remove(told)
 
     @property
     def routes(self) -> dict[str, str]:

@@ -23,6 +23,7 @@ from mezzo.policy import Site, Spec
 from mezzo.torch.pack import pack, unpack
 from mezzo.torch.quantize import quantize
 from mezzo.torch.rounding import CARRIERS, carrier
+from mezzo.torch.table import SiteEvent
 
 if TYPE_CHECKING:
     from mezzo.torch.intercept import SiteMode
@@ -111,7 +112,7 @@ def _round(mode: SiteMode, x: Tensor, spec: Spec) -> Rounded:
         source = x.detach().float()
         y = quantize(source, spec.fmt, axis=-1, overflow="saturate")
         for tap in mode.table.hooks.taps:
-            tap(Site(mode.path, "saved"), source, y)
+            tap(SiteEvent(Site(mode.path, "saved"), source, y, spec, -1, None, source))
         if spec.fmt.name in CARRIERS:
             tensors: tuple[Tensor, ...] = (y.to(carrier(spec.fmt)),)
         else:

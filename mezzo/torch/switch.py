@@ -40,6 +40,7 @@ def same_storage(precision: Precision, policy: Policy, table: Table) -> None:
 def undisturbed(precision: Precision) -> Iterator[None]:
     """Forward and backward passes in here leave no trace in scales, draws, gradients, buffers or random state."""
     hooks, scales, mode = precision.hooks, precision.scales, precision.mode
+    logits, hooks.logits = hooks.logits, []
     gradients = [(p, p.grad) for p in precision.model.parameters()]
     for p, _ in gradients:
         p.grad = None
@@ -52,7 +53,7 @@ def undisturbed(precision: Precision) -> Iterator[None]:
         with torch.random.fork_rng([precision.device] if precision.device.type == "cuda" else []):
             yield
     finally:
-        hooks.taps, hooks.nonfinite, mode.recording = taps, nonfinite, recording
+        hooks.taps, hooks.logits, hooks.nonfinite, mode.recording = taps, logits, nonfinite, recording
         precision.scaled = scaled
         scales.seen[: len(seen)] = seen
         scales.seen[len(seen) :] = UNSEEN  # rows that came meanwhile

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from mezzo.errors import ConfigError
 from mezzo.formats import BFLOAT16, FLOAT32, AnyFormat, ScaledFormat
+from mezzo.formats.rounding import Overflow
 from mezzo.formats.spec import E8M0
 from mezzo.policy import Policy, Rule, Site, Spec
 from mezzo.policy.policy import find
@@ -20,21 +21,57 @@ from mezzo.torch.pack import pack, packs, unpack
 from mezzo.torch.quantize import quantize
 from mezzo.torch.rounding import CARRIERS, carrier, cast, depends_on_axis, widen
 from mezzo.torch.scales import Scales, row_name
+from mezzo.torch.step import Step
 
-Tap = Callable[[Site, Tensor, Tensor], None]
+
+class SiteEvent(NamedTuple):
+    """One rounding, as taps are told of it.
+
+    before   what was rounded: the tensor, or its Hadamard transform
+    after    the result, of the same shape
+    spec     what the site is given
+    axis     the one that the product sums over
+    scale    0-d float32: a scale that comes from earlier steps; None if there is none
+    raw      what came, before a Hadamard transform
+    """
+
+    site: Site
+    before: Tensor
+    after: Tensor
+    spec: Spec
+    axis: int
+    scale: Tensor | None
+    raw: Tensor
+
+
+Tap = Callable[[SiteEvent], None]
 OUTPUTS = ("fprop.out", "dgrad.out", "wgrad.out", "dgrad.query", "dgrad.key", "dgrad.value")
+
+
+class StepObserver(Protocol):
+    """Who is told of every optimizer step, between two of which nothing else may change the training."""
+
+    def updating(self, parameters: list[Tensor]) -> None:
+        """The gradients are there, the update comes next."""
+
+    def stepped(self, step: Step) -> None:
+        """The step is done."""
 
 
 @dataclass
 class Hooks:
     """What listens to the sites while they run. Empty, it costs one comparison a site.
 
-    taps       called with (site, tensor before rounding, tensor after)
+    taps       told of every rounding
+    logits     called with (path, 0-d tensor: the largest magnitude of an attention's logits)
+    observers  told of every optimizer step
     watching   whether each product's result is checked for nonfinite values
     nonfinite  (site, 0-d boolean tensor) in the order in which the results appeared
     """
 
     taps: list[Tap] = field(default_factory=list)
+    logits: list[Callable[[str, Tensor], None]] = field(default_factory=list)
+    observers: list[StepObserver] = field(default_factory=list)
     watching: bool = False
     nonfinite: list[tuple[Site, Tensor]] = field(default_factory=list)
 
@@ -44,7 +81,7 @@ class Hooks:
 
 
 class Kept(NamedTuple):
-    """How an operand is kept for the backward pass: "whole", "packed", or "nothing"."""
+    """How an operand is kept for the backward pass: "whole", "rounded", "packed", or "nothing"."""
 
     how: str
     shape: tuple[int, ...] = ()
@@ -87,8 +124,8 @@ class SiteSpec:
 
         axis    the one that the product sums over
         """
-        source, y, _ = self._round(role, x, axis)
-        self.tell(role, source, y)
+        source, y, scale = self._round(role, x, axis)
+        self.tell(role, source, y, axis, scale, x)
         return y
 
     def keep(self, role: str, x: Tensor, axis: int, rounded: Tensor | None = None) -> tuple[tuple[Tensor, ...], Kept]:
@@ -99,42 +136,31 @@ class SiteSpec:
         """
         spec = self.specs[role]
         if rounded is not None and spec.fmt.name in CARRIERS:
-            return (rounded,), Kept("whole")  # rounding it once more changes nothing
+            if self.scales.training:
+                self.tell(role, x, rounded, axis)
+            return (rounded,), Kept("rounded")
         if not self.scales.training or x.dtype is torch.float64 or not packs(spec.fmt, bool(spec.delayed)):
             return (x,), Kept("whole")
         if rounded is None:
             source, rounded, scale = self._round(role, x, axis)
         else:
             source, scale = x, None
-        self.tell(role, source, rounded)
+        self.tell(role, source, rounded, axis, scale, x)
         return pack(source, rounded, spec.fmt, axis, scale), Kept("packed", tuple(rounded.shape))
 
     def take(self, role: str, tensors: tuple[Tensor, ...], kept: Kept, axis: int) -> Tensor:
         """The operand rounded for `role` from what `keep` kept."""
         if kept.how == "packed":
             return unpack(tensors, kept.shape, self.specs[role].fmt, axis)
-        return self.cast(role, tensors[0], axis)
+        return tensors[0] if kept.how == "rounded" else self.cast(role, tensors[0], axis)
 
     def _round(self, role: str, x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """(what is rounded: x, or its transform; the rounded tensor; the scale if it comes from earlier steps)"""
         spec = self.specs[role]
-        if spec.hadamard:
-            # Zeros that fill the last block add nothing to the sum, as the other operand has them too.
-            x = hadamard(_filled(x, axis, spec.hadamard), axis=axis, block=spec.hadamard)
-        if spec.rounding == "nearest" and not spec.delayed:
-            return x, cast(x, spec.fmt, axis), None
+        x = turned(spec, x, axis)
         scale = self.delayed_scale(role, x) if spec.delayed else None
-        in_carrier = spec.fmt.name in CARRIERS
-        y = quantize(
-            x,
-            spec.fmt,
-            axis=axis,
-            rounding=spec.rounding,
-            overflow="cast" if in_carrier else "saturate",
-            key=self.scales.key(self._site(role)) if spec.rounding == "stochastic" else None,
-            scale=scale,
-        )
-        return x, y.to(carrier(spec.fmt)) if in_carrier else y, scale
+        key = self.scales.key(self._site(role)) if spec.rounding == "stochastic" else None
+        return x, round_to(spec, x, axis, key, scale), scale
 
     def _site(self, role: str) -> Site:
         """Whose random words and delayed scale a rounding has."""
@@ -145,18 +171,29 @@ class SiteSpec:
         noted = self.scales.training or not role.startswith("fprop")
         return self.scales.scale(self.rows[role], x, self.specs[role], noted)
 
-    def tell(self, role: str, before: Tensor, after: Tensor) -> None:
-        """Hand a rounding to whoever listens."""
+    def tell(
+        self,
+        role: str,
+        before: Tensor,
+        after: Tensor,
+        axis: int = -1,
+        scale: Tensor | None = None,
+        raw: Tensor | None = None,
+    ) -> None:
+        """Hand a rounding to whoever listens: the arguments are those of `SiteEvent`."""
         if torch.compiler.is_compiling() or not self.hooks.active:  # in this order: Dynamo then sees no hooks
             return
+        shown = role
         if self.shown is not None:
             if role not in self.shown:
                 return
-            role = self.shown[role]
-        site = Site(self.path, role, self.call)
-        for tap in self.hooks.taps:
-            tap(site, before, after)
-        if self.hooks.watching and role in OUTPUTS:
+            shown = self.shown[role]
+        site = Site(self.path, shown, self.call)
+        if self.hooks.taps:
+            event = SiteEvent(site, before, after, self.specs[role], axis, scale, before if raw is None else raw)
+            for tap in self.hooks.taps:
+                tap(event)
+        if self.hooks.watching and shown in OUTPUTS:
             self.hooks.nonfinite.append((site, ~torch.isfinite(after.sum(dtype=torch.float32))))
 
     def wide(self, x: Tensor) -> Tensor:
@@ -298,6 +335,28 @@ class Table:
         if spec.fmt.name not in ("float32", "float64", "bfloat16"):
             raise ConfigError(f"{path}:master={spec}: masters are float32, float64 or bfloat16")
         return spec
+
+
+def turned(spec: Spec, x: Tensor, axis: int) -> Tensor:
+    """`x`, or its Hadamard transform where `spec` asks for one."""
+    if not spec.hadamard:
+        return x
+    # Zeros that fill the last block add nothing to the sum, as the other operand has them too.
+    return hadamard(_filled(x, axis, spec.hadamard), axis=axis, block=spec.hadamard)
+
+
+def round_to(spec: Spec, x: Tensor, axis: int, key: tuple[int, Tensor, str] | None, scale: Tensor | None) -> Tensor:
+    """`x`, transformed already, rounded as `spec` says, in the carrier of its format if that has one.
+
+    key     of stochastic rounding
+    scale   that comes from earlier steps
+    """
+    if spec.rounding == "nearest" and scale is None:
+        return cast(x, spec.fmt, axis)
+    in_carrier = spec.fmt.name in CARRIERS
+    overflow: Overflow = "cast" if in_carrier else "saturate"
+    y = quantize(x, spec.fmt, axis=axis, rounding=spec.rounding, overflow=overflow, key=key, scale=scale)
+    return y.to(carrier(spec.fmt)) if in_carrier else y
 
 
 def _filled(x: Tensor, axis: int, block: int) -> Tensor:

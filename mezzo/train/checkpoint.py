@@ -30,7 +30,8 @@ from torch import Tensor
 
 from mezzo._version import __version__
 from mezzo.errors import CheckpointError, RunError
-from mezzo.train.rundir import RunDir, from_json, to_json
+from mezzo.storage import from_json, to_json
+from mezzo.train.rundir import RunDir
 
 __all__ = [
     "Checkpoint",

@@ -98,6 +98,14 @@ class TrainSection(_Section):
     deterministic: bool | None = None
 
 
+class ObserveSection(_Section):
+    """observe.*: what is measured of the sites while training, and what is kept of what goes wrong."""
+
+    every: Annotated[int, Field(ge=0)] = 50  # steps between two samples; 0: none
+    whatif: tuple[str, ...] = ()  # further policies, measured at the same tensors
+    incidents: Annotated[int, Field(ge=0)] = 20  # the most that are kept
+
+
 class PhaseSection(_Section):
     """[[phase]]: one part of the run; its policy is the config's unless it names another, with `rules` on top."""
 
@@ -123,6 +131,7 @@ class Config(_Section):
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
+    observe: ObserveSection = ObserveSection()
 
     def resolved_policy(self) -> Policy:
         return _policy(self.policy)
@@ -204,6 +213,8 @@ def parse(data: Mapping[str, Any]) -> Config:
         ) from None
     config.model.resolve()
     config.schedule()
+    for policy in config.observe.whatif:
+        _policy(policy)
     _check_pruning(config.train)
     return config.self_contained()
 
@@ -292,4 +303,9 @@ _PHASE_VALUES = {
     "policy": "a string such as bf16, or a table with recipe, rule, loss_scale",
     "when": "a table such as {trigger = 'stall'}",
 }
-_GROUPS: dict[str, type[_Section]] = {"model": ModelSection, "data": DataSection, "train": TrainSection}
+_GROUPS: dict[str, type[_Section]] = {
+    "model": ModelSection,
+    "data": DataSection,
+    "train": TrainSection,
+    "observe": ObserveSection,
+}

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from mezzo.errors import require
+from mezzo.torch import Precision
 from mezzo.train.rundir import RunDir
 
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What trains, for listeners that measure.
+
+    losses   step (1 is the first) → for each of its micro-batches a function that runs the uncompiled model on it
+    """
+
+    precision: Precision
+    run: RunDir
+    losses: Callable[[int], Sequence[Callable[[], Tensor]]]
+
+
+class Listens(Protocol):
+    """What a listener can do; `Listener` says when."""
+
+    def attached(self, training: Training) -> None: ...
+    def started(self, info: Record) -> None: ...
+    def add(self, record: Record) -> None: ...
+    def record(self, record: Record) -> None: ...
+    def message(self, text: str) -> None: ...
+    def failed(self, error: BaseException) -> None: ...
+    def ended(self, outcome: str) -> None: ...
 
 
 class Listener:
@@ -20,17 +48,26 @@ class Listener:
     val_bits_per_byte (of the latter), sample. A run with phases adds phase (that the step was in, from 1), underflow
     (sites → share, where a trigger counts it), reference_gap (run → gap, at an evaluation), entered (the phase that
     begins after this step), ended_by (what ended the one before) and calibration (what `mezzo.torch.calibrate.compare`
-    found then, the loss scale measured).
+    found then, the loss scale measured). A listener may add to it: incident (what went wrong in the step).
     """
+
+    def attached(self, training: Training) -> None:
+        """Once, before `started`: what trains, for those who measure. They must leave it as it is."""
 
     def started(self, info: Record) -> None:
         """Once, before the first step: steps, first_step, parameters, policy, device, routes, advice, …"""
+
+    def add(self, record: Record) -> None:
+        """Add to a record what was measured: at once after the step, before evaluation and checkpoint."""
 
     def record(self, record: Record) -> None:
         """After each step, in order; on a GPU one step late."""
 
     def message(self, text: str) -> None:
         """Something a person should read: a checkpoint saved or failed, a warning."""
+
+    def failed(self, error: BaseException) -> None:
+        """The training ends with an exception; `ended` follows."""
 
     def ended(self, outcome: str) -> None:
         """Once: finished, interrupted or failed."""
@@ -39,12 +76,20 @@ class Listener:
 class Listeners(Listener):
     """Several listeners as one."""
 
-    def __init__(self, listeners: Sequence[Listener]) -> None:
+    def __init__(self, listeners: Sequence[Listens]) -> None:
         self.listeners = listeners
+
+    def attached(self, training: Training) -> None:
+        for listener in self.listeners:
+            listener.attached(training)
 
     def started(self, info: Record) -> None:
         for listener in self.listeners:
             listener.started(info)
+
+    def add(self, record: Record) -> None:
+        for listener in self.listeners:
+            listener.add(record)
 
     def record(self, record: Record) -> None:
         for listener in self.listeners:
@@ -53,6 +98,10 @@ class Listeners(Listener):
     def message(self, text: str) -> None:
         for listener in self.listeners:
             listener.message(text)
+
+    def failed(self, error: BaseException) -> None:
+        for listener in self.listeners:
+            listener.failed(error)
 
     def ended(self, outcome: str) -> None:
         for listener in self.listeners:

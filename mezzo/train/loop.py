@@ -80,6 +80,7 @@ class Loop:
                 each, begin = (now - begin) / len(entries), now
             for entry in entries:
                 record = self._record(*entry, each)
+                self.listener.add(record)
                 self.each_step(entry[0] + 1, record)
                 self.listener.record(record)
                 yield record

@@ -4,6 +4,8 @@
       config.toml        everything needed to run it again; its presence is what makes a folder a run
       policy.toml        the site table's rules, as used
       steps.jsonl        one JSON object a line, one line a record
+      sites.jsonl        the same, one line a sampled step: what every site lost (see mezzo.observe)
+      incidents/         what went wrong (see mezzo.observe.incidents)
       checkpoints/       see mezzo.train.checkpoint
       .lock              held by the process that trains; the operating system lets go of it when that process dies
 
@@ -12,8 +14,6 @@ Who trains holds the lock; who only reads needs none.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import socket
 import threading
@@ -25,102 +25,20 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from mezzo.errors import RunError
+from mezzo.storage import JsonLines, fsync_folder, write_atomically
 
-# JSON has no nonfinite numbers. protobuf's JSON mapping writes them as these strings, and so do we.
-_NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+STEPS, SITES = "steps.jsonl", "sites.jsonl"
 _OWN_NAMES = {
     "policy.toml",
     "tokenizer.json",
     "corpus.json",
-    "steps.jsonl",
+    STEPS,
+    SITES,
     "checkpoints",
     "incidents",
     ".lock",
     ".lock-owner",
 }
-
-
-def to_json(value: Any, *, what: str, indent: int | None = None) -> str:
-    """Write plain data as standard JSON that `from_json` reads back bit for bit.
-
-    value     dicts with string keys, lists, tuples (read back as lists), strings, numbers, booleans, None;
-              nonfinite floats become the strings NaN, Infinity and -Infinity
-    what      how an error names the value
-    raises    RunError that names the first entry that is not plain data
-    """
-    plain = _encode(value, what)
-    text = json.dumps(plain, allow_nan=False, ensure_ascii=False, indent=indent)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # lone surrogates, as in a path that is not UTF-8
-        text = json.dumps(plain, allow_nan=False, indent=indent)
-    return text
-
-
-def from_json(text: str | bytes) -> Any:
-    """Read what `to_json` wrote.
-
-    raises    ValueError or RecursionError if `text` is not JSON in UTF-8
-    """
-    return _decode(json.loads(text))
-
-
-def _encode(value: Any, where: str) -> Any:
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return float(value)
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        for key in value:
-            if type(key) is not str:
-                raise RunError(f"{where} has the key {key!r} ({type(key).__name__}): JSON keys are strings")
-        return {key: _encode(entry, f"{where}.{key}") for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(entry, f"{where}[{i}]") for i, entry in enumerate(value)]
-    kind = type(value)
-    raise RunError(
-        f"{where} is of type {kind.__module__}.{kind.__qualname__}, which JSON cannot hold: "
-        "give a dict, list, str, int, float, bool or None (for a tensor of one element: .item())"
-    )
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _decode(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_decode(entry) for entry in value]
-    return _NONFINITE.get(value, value) if isinstance(value, str) else value
-
-
-def fsync_folder(path: Path) -> None:
-    """Make the names in a folder durable (POSIX; Windows has no such call and needs none)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file `path` by `data`: after a crash it holds the old bytes or the new ones, never a mixture.
-
-    Only the holder of the run's lock may call it: the temporary name is fixed, so that a leftover is overwritten.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
 
 
 class RunDir:
@@ -130,11 +48,10 @@ class RunDir:
         self.path = path
         self.config_path = path / "config.toml"
         self.policy_path = path / "policy.toml"
-        self.log_path = path / "steps.jsonl"
         self.checkpoints = path / "checkpoints"
         self.saving = threading.Lock()  # held during a save, so that two threads of one process take turns
         self._lock = lock
-        self._log: int | None = None
+        self.logs = {name: JsonLines(path / name) for name in (STEPS, SITES)}
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], config_toml: str, policy_toml: str) -> RunDir:
@@ -223,73 +140,32 @@ class RunDir:
         self.config_path.unlink(missing_ok=True)
         self.close()
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Append one record to steps.jsonl; it is with the operating system when this returns.
+    def append(self, record: Mapping[str, Any], log: str = STEPS) -> None:
+        """Append one record to a log of the run, steps.jsonl unless another is named (see `JsonLines.append`).
 
-        record    plain data with an integer "step"; nonfinite floats are kept (see `to_json`)
         raises    RunError if the record cannot be written (then nothing of it is), or the run is not locked
         """
-        if type(record.get("step")) is not int:
-            raise RunError(f'a record of steps.jsonl needs an integer "step", not {record.get("step")!r}')
-        line = (to_json(record, what="record") + "\n").encode()
-        self.require_lock("append to steps.jsonl")
-        try:
-            if self._log is None:
-                self._mend_log()
-                self._log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            end = os.fstat(self._log).st_size
-            try:
-                written = 0
-                while written < len(line):
-                    written += os.write(self._log, line[written:])
-            except BaseException:
-                os.ftruncate(self._log, end)
-                raise
-        except OSError as error:
-            raise RunError(f"cannot append to {self.log_path}: {error.strerror or error}") from error
+        self.require_lock(f"append to {log}")
+        self.logs[log].append(record)
 
-    def records(self) -> list[dict[str, Any]]:
-        """The records of steps.jsonl in order. Lines that cannot be read (such as a torn last one) are left out."""
-        try:
-            with open(self.log_path, "rb") as file:
-                return [record for line in file if (record := _parse(line)) is not None]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise RunError(f"cannot read {self.log_path}: {error.strerror or error}") from error
+    def records(self, log: str = STEPS) -> list[dict[str, Any]]:
+        """The records of a log in order. Lines that cannot be read (such as a torn last one) are left out."""
+        return self.logs[log].records()
 
     def cut_back(self, step: int) -> int:
-        """Remove the records after `step`, and lines that cannot be read, from steps.jsonl; atomic.
+        """Remove what the logs hold of the steps after `step`; atomic for each.
 
         step      the step of the checkpoint that training goes on from
-        returns   how many lines were removed
-        raises    RunError if the file cannot be written, or the run is not locked
+        returns   how many lines of steps.jsonl were removed
+        raises    RunError if a log cannot be written, or the run is not locked
         """
-        self.require_lock("cut steps.jsonl back")
-        self._close_log()
-        kept: list[bytes] = []
-        removed = 0
-        try:
-            with open(self.log_path, "rb") as file:
-                for line in file:
-                    record = _parse(line)
-                    if record is not None and record["step"] <= step:
-                        kept.append(line.rstrip(b"\n") + b"\n")
-                    else:
-                        removed += 1
-            if removed:
-                write_atomically(self.log_path, b"".join(kept))
-        except FileNotFoundError:
-            return 0
-        except OSError as error:
-            raise RunError(f"cannot cut {self.log_path} back: {error.strerror or error}") from error
-        return removed
+        self.require_lock("cut the logs back")
+        return {name: log.cut_back(step) for name, log in self.logs.items()}[STEPS]
 
     def sync(self) -> None:
         """Make the records so far durable. A checkpoint is committed only after the records that lead to it."""
-        if self.log_path.exists():
-            with open(self.log_path, "rb") as file:
-                os.fsync(file.fileno())
+        for log in self.logs.values():
+            log.sync()
 
     def require_lock(self, deed: str) -> None:
         """Raise RunError unless this object holds the lock that `deed` needs."""
@@ -298,7 +174,8 @@ class RunDir:
 
     def close(self) -> None:
         """Let go of the lock and the log. May be called twice."""
-        self._close_log()
+        for log in self.logs.values():
+            log.close()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -310,21 +187,6 @@ class RunDir:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _close_log(self) -> None:
-        if self._log is not None:
-            os.close(self._log)
-            self._log = None
-
-    def _mend_log(self) -> None:
-        """Cut a last line that a crash tore off, so that the next record does not grow onto it."""
-        if not self.log_path.exists():
-            return
-        data = self.log_path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            head, _, tail = data.rpartition(b"\n")
-            kept = data if _parse(tail) is not None else head
-            write_atomically(self.log_path, kept + b"\n" if kept else b"")
 
 
 def _is_own(name: str) -> bool:
@@ -358,14 +220,6 @@ def _acquire(path: Path) -> FileLock:
         lock.release()
         raise
     return lock
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = from_json(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def _read(path: Path) -> str:

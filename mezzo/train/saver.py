@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from mezzo.errors import CheckpointError, ConfigError, RunError
+from mezzo.storage import fsync_folder, to_json
 from mezzo.train.checkpoint import MANIFEST_VERSION, body_hash, check_meta, entries, read, read_manifest
-from mezzo.train.rundir import RunDir, fsync_folder, to_json
+from mezzo.train.rundir import RunDir
 
 __all__ = ["BackgroundSaver", "Groups", "check_groups", "save"]
 

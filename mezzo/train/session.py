@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -35,7 +36,7 @@ from mezzo.train.checkpoint import (
     optimizer_tensors,
 )
 from mezzo.train.config import Config
-from mezzo.train.listeners import Listener, Listeners, Record, RunLog, TensorBoard
+from mezzo.train.listeners import Listeners, Listens, Record, RunLog, TensorBoard, Training
 from mezzo.train.loop import Loop, Trains, evaluate
 from mezzo.train.phased import PhasedRun
 from mezzo.train.preview import advice
@@ -102,7 +103,7 @@ class Session:
     first     the step that comes next
     """
 
-    def __init__(self, config: Config, run: RunDir, corpus: Corpus, listener: Listener) -> None:
+    def __init__(self, config: Config, run: RunDir, corpus: Corpus, listener: Listens) -> None:
         t = config.train
         self.config, self.run, self.corpus = config, run, corpus
         self.device = choose_device(t.device)
@@ -141,7 +142,7 @@ class Session:
     # --- starting ---
 
     @classmethod
-    def start(cls, config: Config, out: str | Path, listener: Listener, corpus: Corpus | None = None) -> Session:
+    def start(cls, config: Config, out: str | Path, listener: Listens, corpus: Corpus | None = None) -> Session:
         """Begin a new run in the folder `out`.
 
         raises    RunError if there is a run already; ConfigError, DataError
@@ -157,7 +158,7 @@ class Session:
             raise
 
     @classmethod
-    def resume(cls, path: str | Path, config: Config, listener: Listener, corpus: Corpus | None = None) -> Session:
+    def resume(cls, path: str | Path, config: Config, listener: Listens, corpus: Corpus | None = None) -> Session:
         """Go on from the newest checkpoint that verifies; from the start if the run has none yet.
 
         raises    RunError if another process trains in it, or text or model changed; CheckpointError
@@ -237,6 +238,7 @@ class Session:
             due=self._due,
             stop=lambda: self._stopping,
         )
+        self.listener.attached(Training(self.precision, self.run, self._losses))
         self.listener.started(self.info())
         outcome = "failed"
         try:
@@ -250,8 +252,10 @@ class Session:
                     self.listener.message(left)
                 self._save_last(saver)
             outcome = "interrupted" if self.interrupted else "finished"
-        except NonfiniteError:
-            self._save_good(saver)
+        except BaseException as error:
+            if isinstance(error, NonfiniteError):
+                self._save_good(saver)
+            self.listener.failed(error)
             raise
         finally:
             saver.close()
@@ -261,6 +265,17 @@ class Session:
     def _run_model(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The loss; uncompiled while a phase calibrates, since compiled code tells of no rounding."""
         return (self.model if self.phased.calibrates else self._running)(x, y)  # type: ignore[no-any-return]
+
+    def _losses(self, step: int) -> list[Callable[[], torch.Tensor]]:
+        """For each micro-batch of a step (1 is the first) a function that runs the uncompiled model on it."""
+        count = self.config.train.accumulate
+
+        def loss(micro: int) -> torch.Tensor:
+            arrays = self.batches.batch_at(step - 1, micro, count)
+            x, y = (torch.from_numpy(a).to(self.device) for a in arrays)
+            return self.model(x, y)  # type: ignore[no-any-return]
+
+        return [functools.partial(loss, micro) for micro in range(count)]
 
     def _probe(self) -> torch.Tensor:
         """The loss of the next step's first batch."""

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mezzo.errors import CheckpointError
+from mezzo.storage import from_json
 from mezzo.train.checkpoint import (
     body_hash,
     copy_into,
@@ -23,7 +24,7 @@ from mezzo.train.checkpoint import (
     optimizer_tensors,
     read,
 )
-from mezzo.train.rundir import RunDir, from_json
+from mezzo.train.rundir import RunDir
 from mezzo.train.saver import save
 
 DTYPES = [

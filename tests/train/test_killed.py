@@ -17,6 +17,7 @@ from tiny_runs import OVERFLOWING, Heard, Tiny, assert_same_state, logged, saved
 
 from mezzo.train.checkpoint import newest
 from mezzo.train.config import Config
+from mezzo.train.rundir import RunDir
 from mezzo.train.session import Session
 
 # Imports torch once, then forks a trainer for every line of arguments on its input; says how each one ended.
@@ -106,10 +107,11 @@ CHATTY = ("train.eval_every=1", "train.eval_batches=1")
 def test_a_run_killed_with_kill_9_at_any_moment_ends_with_the_weights_of_one_that_was_not(
     tmp_path: Path, tiny: Tiny, trainers: Trainers
 ) -> None:
-    config = tiny("train.steps=14", "train.checkpoint_every=1", *CHATTY, policy=OVERFLOWING)
-    train(Session.start(config, tmp_path / "whole", Heard()))
+    config = tiny("train.steps=14", "train.checkpoint_every=1", "observe.every=5", *CHATTY, policy=OVERFLOWING)
     run = str(tmp_path / "run")
     begin = ("train", config_file(tmp_path, config), "--out", run)
+    code, printed = trainers.run(*begin[:-1], str(tmp_path / "whole"))
+    assert code == 0, printed
     again = ("train", "--resume", run)
     # A save is running nearly all the time: these delays fall before, into and after it.
     for i, (after, wait) in enumerate([(1, 0.0), (2, 0.004), (2, 0.008), (1, 0.012), (3, 0.002), (2, 0.016)]):
@@ -120,6 +122,9 @@ def test_a_run_killed_with_kill_9_at_any_moment_ends_with_the_weights_of_one_tha
     assert [record["step"] for record in logged(Path(run))] == list(range(1, 15))
     assert logged(Path(run)) == logged(tmp_path / "whole")
     assert_same_state(Path(run), tmp_path / "whole")
+    sites = [RunDir.open(path).records("sites.jsonl") for path in (run, tmp_path / "whole")]
+    assert sites[0] == sites[1]
+    assert [sample["step"] for sample in sites[0]] == [1, 5, 10]
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path, tiny: Tiny, trainers: Trainers) -> None:

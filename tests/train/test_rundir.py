@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from mezzo.errors import RunError
+from mezzo.storage import from_json, to_json
 from mezzo.train import rundir
-from mezzo.train.rundir import RunDir, from_json, to_json
+from mezzo.train.rundir import RunDir
 
 HOLD = """
 import sys, time
@@ -112,14 +113,14 @@ def test_records_come_back_bit_for_bit_and_each_line_is_standard_json(run):
     def refuse(name):
         raise AssertionError(f"{name} is not standard JSON")
 
-    lines = run.log_path.read_bytes().splitlines()
+    lines = run.logs["steps.jsonl"].path.read_bytes().splitlines()
     assert [json.loads(line, parse_constant=refuse)["step"] for line in lines] == [1, 2, 3]
-    assert "一行" in run.log_path.read_text()  # readable with tail -f
+    assert "一行" in run.logs["steps.jsonl"].path.read_text()  # readable with tail -f
 
 
 def test_a_record_is_in_the_file_before_append_returns(run):
     run.append({"step": 1})
-    assert run.log_path.read_bytes() == b'{"step": 1}\n'
+    assert run.logs["steps.jsonl"].path.read_bytes() == b'{"step": 1}\n'
 
 
 @pytest.mark.parametrize(
@@ -134,14 +135,14 @@ def test_a_record_is_in_the_file_before_append_returns(run):
 def test_a_record_that_json_cannot_hold_is_refused_by_name_and_nothing_is_written(run, record, message):
     with pytest.raises(RunError, match=message):
         run.append(record)
-    assert not run.log_path.exists()
+    assert not run.logs["steps.jsonl"].path.exists()
 
 
 def test_a_reader_may_not_write(run):
     reader = RunDir.open(run.path)
     with pytest.raises(RunError, match="was opened to read; open it with lock=True"):
         reader.append({"step": 1})
-    with pytest.raises(RunError, match=r"cannot cut steps\.jsonl back"):
+    with pytest.raises(RunError, match=r"cannot cut the logs back"):
         reader.cut_back(0)
 
 
@@ -158,22 +159,22 @@ def test_cut_back_removes_what_lies_after_the_checkpoint_and_appending_goes_on(r
 
 def test_cut_back_without_a_log_has_nothing_to_do(run):
     assert run.cut_back(3) == 0
-    assert not run.log_path.exists()
+    assert not run.logs["steps.jsonl"].path.exists()
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b"\x00\x00\x00", b'{"step": 3, "text": "\xe8', b"7", b"{}"])
 def test_a_torn_last_line_is_tolerated_by_reading_cutting_and_appending(run, torn):
-    run.log_path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + torn)
+    run.logs["steps.jsonl"].path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + torn)
     assert [r["step"] for r in run.records()] == [1, 2]
     run.append({"step": 3})
-    assert run.log_path.read_bytes() == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
-    run.log_path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + torn)
+    assert run.logs["steps.jsonl"].path.read_bytes() == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    run.logs["steps.jsonl"].path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + torn)
     assert run.cut_back(1) == 2
-    assert run.log_path.read_bytes() == b'{"step": 1}\n'
+    assert run.logs["steps.jsonl"].path.read_bytes() == b'{"step": 1}\n'
 
 
 def test_a_last_record_that_only_lacks_its_newline_is_kept(run):
-    run.log_path.write_bytes(b'{"step": 1}\n{"step": 2}')
+    run.logs["steps.jsonl"].path.write_bytes(b'{"step": 1}\n{"step": 2}')
     run.append({"step": 3})
     assert [r["step"] for r in run.records()] == [1, 2, 3]
 
@@ -201,7 +202,7 @@ def test_a_record_that_does_not_fit_on_the_disk_leaves_no_half_line(run, monkeyp
         with pytest.raises(RunError, match=r"cannot append to .*steps\.jsonl: No space left on device"):
             run.append({"step": 2, "loss": 1.25})
     run.append({"step": 3})
-    assert run.log_path.read_bytes() == b'{"step": 1}\n{"step": 3}\n'
+    assert run.logs["steps.jsonl"].path.read_bytes() == b'{"step": 1}\n{"step": 3}\n'
 
 
 def test_plain_data_survives_a_round_trip_through_json():

@@ -1,6 +1,8 @@
-"""Rounding in compiled C++ for CPU tensors: one pass over memory instead of a dozen, and the same bits.
+"""Rounding, and what it lost, in compiled C++ for CPU tensors: one pass over memory instead of a dozen.
 
-Optional. The first `load()` of a machine builds `rounding.cpp` with the C++ compiler that is there, which takes some
+What is rounded has the bits that `mezzo.formats` gives.
+
+Optional. The first `load()` of a machine builds the sources here with the C++ compiler that is there, which takes some
 seconds; later ones find the library in the cache. Without a compiler, and with MEZZO_HELPER=off, `load()` is None and
 torch's own operations do the work.
 
@@ -30,9 +32,10 @@ from mezzo.formats import FORMATS, Format, ScaledFormat, get_format, quantize
 from mezzo.formats.blocks import MIN_SCALE, Groups, max_scale
 from mezzo.formats.philox import site_id
 from mezzo.formats.rounding import OVERFLOWS, ROUNDINGS, Key, Overflow, Rounding
+from mezzo.torch.helper import measure
 from mezzo.torch.helper.build import BuildError, find_compiler, library
+from mezzo.torch.helper.tensors import TYPES, check_tensors
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROUNDING_CODES = {"nearest": 0, "toward_zero": 1, "stochastic": 2}
 SCALING_CODES = {"pow2": 0, "floor": 0, "free": 1, "nvfp4": 3}
 GIVEN = 2
@@ -91,6 +94,7 @@ class Helper:
             routine.argtypes = [ctypes.POINTER(_Job)]
             routine.restype = None
         self._elements, self._blocks = compiled.mezzo_elements, compiled.mezzo_blocks
+        self._measure = measure.routine(compiled)
         compiled.mezzo_use_threads(_torch_threads())
 
     def elements(
@@ -111,7 +115,7 @@ class Helper:
         key       (seed, step, site) for stochastic rounding; words go by the order in memory
         raises    ValueError if the tensors or the format are none of these; ConfigError if the key is not
         """
-        _check_tensors(x, out)
+        check_tensors(x, out, "out")
         if not supports(fmt):
             raise ValueError(f"the helper does not round to {fmt}")
         job = _job(x, out, fmt, rounding, overflow, key)
@@ -136,7 +140,7 @@ class Helper:
         scale     for formats scaled by a float32: 0-d, or one a group; positive and finite
         raises    ConfigError if x has no such groups or the scale is none of these; ValueError as in `elements`
         """
-        _check_tensors(x, out)
+        check_tensors(x, out, "out")
         if not (x.is_contiguous() and out.is_contiguous()):
             raise ValueError("blocks are taken from contiguous tensors")
         groups = Groups(tuple(x.shape), fmt, axis)
@@ -158,6 +162,22 @@ class Helper:
                 )
             job.scaling, job.given, job.given_count = GIVEN, scale.data_ptr(), 1 if scale.dim() == 0 else scale.numel()
         self._blocks(ctypes.byref(job))
+
+    def measure(self, x: Tensor, y: Tensor, over: float) -> tuple[Tensor, Tensor]:
+        """What a rounding of `x` to `y` lost. The number of threads changes no bit of it.
+
+        x, y      float32, bfloat16 or float16 on the CPU, without gaps in memory, of one shape and the same strides
+        over      the largest magnitude that the rounding keeps, as a float32; may be infinite
+        returns   (sums, histogram):
+                  sums       float64: how many numbers there are; how many x are zero; are infinite or NaN; are finite
+                             and not zero while y is zero; are finite and beyond `over`, or while y is not finite;
+                             the largest magnitude of a finite x, or 0; and, where x and y are finite, the sums of
+                             x**2 and of (x - y)**2
+                  histogram  int64, how many finite x have each of the 256 exponents of a float32 (its eight bits);
+                             zeros and subnormals have 0
+        raises    ValueError if the tensors or `over` are none of these
+        """
+        return self._measure(x, y, over)
 
 
 def supports(fmt: Format) -> bool:
@@ -204,9 +224,9 @@ def _load() -> tuple[Helper | None, str]:
 
 
 def self_check(compiled: ctypes.CDLL) -> str | None:
-    """Hold a library that was built just now against `mezzo.formats.quantize`; what differs, or None.
+    """Hold a library that was built just now against `mezzo.formats.quantize` and NumPy; what differs, or None.
 
-    A few hundred numbers for each routine: subnormals, ties, limits, infinities and NaN are among them.
+    A few hundred numbers for each routine that rounds: subnormals, ties, limits, infinities and NaN are among them.
     """
     helper = Helper(compiled)
     bits = np.random.default_rng(0).integers(0, 1 << 32, 512, dtype=np.uint32)
@@ -240,7 +260,7 @@ def self_check(compiled: ctypes.CDLL) -> str | None:
                     expected = quantize(array, fmt, axis=axis, rounding=rounding, overflow=overflow, key=key)  # type: ignore
                     if not _same(x.numpy(), expected):
                         return f"{fmt} along axis {axis}, {rounding}, {overflow}"
-    return None
+    return measure.self_check(compiled, numbers)
 
 
 def _same(got: np.ndarray, expected: np.ndarray) -> bool:
@@ -260,27 +280,6 @@ def _torch_threads() -> int | None:
             continue
         return ctypes.cast(found, ctypes.c_void_p).value
     return None
-
-
-def _check_tensors(x: Tensor, out: Tensor) -> None:
-    for tensor in (x, out):
-        if tensor.device.type != "cpu" or tensor.dtype not in TYPES or not _dense(tensor):
-            raise ValueError(f"the helper takes dense float32, bfloat16 or float16 tensors of the CPU, not {tensor}")
-    aligned = x.stride() == out.stride() or (x.is_contiguous() and out.is_contiguous())
-    if x.shape != out.shape or not aligned:
-        raise ValueError("out must have the shape and the strides of x")
-
-
-def _dense(x: Tensor) -> bool:
-    """Whether the elements fill their memory, in whatever order of the axes."""
-    if x.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _job(x: Tensor, out: Tensor, fmt: Format, rounding: str, overflow: str, key: Key | None) -> _Job:

@@ -1,6 +1,6 @@
-"""Builds rounding.cpp with the machine's own compiler and keeps the library in the user's cache folder.
+"""Builds rounding.cpp and measure.cpp with the machine's own compiler and keeps the library in the user's cache folder.
 
-$CXX or g++, clang++, c++ ──► helper-HASH.so      HASH: source, compiler, flags and processor
+$CXX or g++, clang++, c++ ──► helper-HASH.so      HASH: sources, compiler, flags and processor
 
 The library speaks a plain C ABI, so neither torch's headers nor a build system is needed. It takes some seconds, once.
 """
@@ -24,7 +24,8 @@ from filelock import FileLock
 
 from mezzo.hardware import processor
 
-SOURCE = Path(__file__).with_name("rounding.cpp")
+FOLDER = Path(__file__).parent
+SOURCE, MEASURE, HEADER = FOLDER / "rounding.cpp", FOLDER / "measure.cpp", FOLDER / "common.h"
 # Nothing here changes a result: traps and errno are not looked at, and each operation stays one operation.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fPIC", "-shared")
 NATIVE = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
@@ -77,8 +78,8 @@ def library(compiler: Compiler, check: Callable[[ctypes.CDLL], str | None]) -> c
     check     says what is wrong with a library that was built just now, or None; only a sound one is kept
     raises    BuildError if it cannot be built, does not load or is wrong
     """
-    source = SOURCE.read_bytes()
-    parts = [source, *(text.encode() for text in (compiler.version, *compiler.command, *FLAGS, *_machine()))]
+    sources = [path.read_bytes() for path in (SOURCE, MEASURE, HEADER)]
+    parts = [*sources, *(text.encode() for text in (compiler.version, *compiler.command, *FLAGS, *_machine()))]
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     folder = Path(platformdirs.user_cache_dir("mezzo"))
     path = folder / f"helper-{name}.so"
@@ -108,8 +109,9 @@ def library(compiler: Compiler, check: Callable[[ctypes.CDLL], str | None]) -> c
 
 
 def _compile(compiler: Compiler, to: Path) -> None:
+    sources = (f"-I{HEADER.parent}", str(SOURCE), str(MEASURE))
     for native in NATIVE:
-        done = _run([*compiler.command, *FLAGS, *native, "-pthread", "-o", str(to), str(SOURCE)])
+        done = _run([*compiler.command, *FLAGS, *native, "-pthread", "-o", str(to), *sources])
         if done.returncode == 0:
             return
     said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])

@@ -1,0 +1,228 @@
+"""The listener of a run: measures sites now and then into sites.jsonl, and keeps what went wrong as incidents."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mezzo.observe.incidents import LISTED_STEPS, MOST, Incident, Incidents, Watch
+from mezzo.policy import Policy
+from mezzo.policy.sample import Measured, Sample, ranked
+from mezzo.policy.site import Site
+from mezzo.torch import Observer, Precision, Step
+from mezzo.torch.observe import EVERY, Collector
+from mezzo.torch.switch import undisturbed
+
+Record = dict[str, Any]
+LOG = "sites.jsonl"
+WORST = 40  # sites of an incident
+TEXT = 20_000  # characters of a traceback
+
+
+class Run(Protocol):
+    """What is needed of a run directory."""
+
+    @property
+    def path(self) -> Path: ...
+    def append(self, record: Record, log: str) -> None: ...
+    def records(self) -> list[Record]: ...
+
+
+class Training(Protocol):
+    """What is needed of a training: `losses(step)` gives a function for each micro-batch, which runs the model."""
+
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def run(self) -> Run: ...
+    @property
+    def losses(self) -> Callable[[int], Sequence[Callable[[], Tensor]]]: ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a step began: what is needed to run it once more."""
+
+    policy: Policy
+    draws: Tensor
+    loss_scale: Tensor
+    delayed: Tensor
+    rng: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def of(cls, precision: Precision) -> Start:
+        scales, on_cuda = precision.scales, precision.device.type == "cuda"
+        return cls(
+            precision.policy,
+            scales.draws.clone(),
+            scales.loss.scale.clone(),
+            scales.wanted.clone(),
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(precision.device) if on_cuda else None,
+        )
+
+
+class RunObserver:
+    """Listens to a run (`mezzo.train.listeners.Listener`).
+
+    every      steps between two samples of all sites; 0: none
+    whatif     further policies to measure at the same tensors
+    incidents  the most that are kept; 0: none
+    """
+
+    def __init__(self, every: int = EVERY, whatif: Iterable[str] = (), incidents: int = MOST) -> None:
+        self.every, self.whatif, self.most = every, tuple(whatif), incidents
+        self.observer: Observer | None = None
+        self._starts: dict[int, Start] = {}
+        self._open: Incident | None = None  # a run of skipped steps
+
+    # --- the listener ---
+
+    def attached(self, training: Training) -> None:
+        self.training, self.precision = training, training.precision
+        self.watch = Watch(training.run.records())
+        self.store = Incidents(training.run.path, self.most)
+        if self.most:
+            self.precision.attach(self)
+            self._starts = {self.precision.steps + 1: Start.of(self.precision)}
+        if self.every:
+            self.observer = Observer(self.precision, self.every, self.whatif)
+
+    def started(self, info: Record) -> None:
+        pass
+
+    def add(self, record: Record) -> None:
+        """Write down the step's sample, if there is one; find what went wrong.
+
+        Adds `incident`, and `site` where running the step again found it.
+        """
+        sample = None if self.observer is None else self.observer.of(record["step"])
+        if sample is not None:
+            self.training.run.append(sample.to_dict(), LOG)
+        if not self.most:
+            return
+        before = self.watch.bad
+        for kind, what in self.watch.note(record):
+            record.setdefault("incident", kind)
+            self._keep(kind, what, record)
+        if self.watch.bad and before and self._open is not None:
+            if len(self._open.steps) < LISTED_STEPS:
+                self._open.steps.append(record["step"])
+                self.store.keep(self._open)
+        elif not self.watch.bad:
+            self._open = None
+
+    def record(self, record: Record) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def failed(self, error: BaseException) -> None:
+        """The training ends with an exception."""
+        if not self.most or not isinstance(error, Exception):
+            return
+        step = max(self._starts, default=self.precision.steps + 1)
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        text = "".join(traceback.format_exception(error))[-TEXT:]
+        self._write(Incident(step, "exception", what[:500], steps=[step], traceback=text), step)
+
+    def ended(self, outcome: str) -> None:
+        if self.observer is not None:
+            self.observer.close()
+        self.precision.release(self)
+
+    # --- the steps ---
+
+    def updating(self, parameters: list[Tensor]) -> None:
+        pass
+
+    def stepped(self, step: Step) -> None:
+        """Remember where the next step begins; that of the last ones too, whose records may come late."""
+        self._starts[step.index + 1] = Start.of(self.precision)
+        for old in [*self._starts][:-3]:
+            del self._starts[old]
+
+    # --- incidents ---
+
+    def _keep(self, kind: str, what: str, record: Record) -> None:
+        step = record["step"]
+        incident = Incident(
+            step, kind, what, record.get("site"), steps=[step], phase=record.get("phase"), loss=record["loss"],
+            loss_scale=record["loss_scale"], grad_norm=record["grad_norm"],
+        )  # fmt: skip
+        if kind == "nonfinite":
+            self._open = incident
+            sample = self._again(step)
+            if sample is not None:
+                self._name(incident, sample)
+                record["site"] = incident.site
+        self._write(incident, step)
+
+    def _name(self, incident: Incident, sample: Sample) -> None:
+        """Put what the step showed when it was run again into the incident."""
+        findings = [one for one in sample.findings if one.kind in ("nonfinite", "overflow")]
+        if findings:
+            site, path = findings[0].site, findings[0].site.partition(":")[0].partition("#")[0]
+            incident.site, incident.rule = site, f"'{path}:*=float32'"
+            incident.what += f"; first at {site}: {findings[0].text}"
+        named = {one.site for one in findings[:WORST]}
+        kept: dict[Site, Measured] = {site: one for site, one in sample.sites.items() if str(site) in named}
+        kept |= dict(ranked(sample.sites)[: WORST - len(kept)])
+        incident.sites = {str(site): one.to_dict() for site, one in kept.items()}
+
+    def _write(self, incident: Incident, step: int) -> None:
+        start = self._starts.get(step)
+        incident.time = time.time()
+        rng = None
+        if start is not None:
+            scales, rng = self.precision.scales, start.rng.numpy()
+            incident.policy = str(start.policy)
+            incident.rng = {"seed": scales.seed, "draws": int(start.draws)}
+            incident.batch = {"step": step, "accumulate": len(self.training.losses(step))}
+            delayed = dict(zip(scales.rows, start.delayed.tolist(), strict=False))
+            incident.scales = {"loss_scale": float(start.loss_scale), "delayed": delayed}
+        self.store.keep(incident, rng)
+
+    def _again(self, step: int) -> Sample | None:
+        """Run a step's forward and backward passes once more, uncompiled and measured; nothing of the training changes.
+
+        None if its beginning is not remembered, or the passes fail.
+        """
+        start = self._starts.get(step)
+        if start is None:
+            return None
+        precision = self.precision
+        with undisturbed(precision), precision.using(start.policy), _as_at(precision, start):
+            collector = Collector(precision)
+            precision.hooks.taps.append(collector)
+            losses = self.training.losses(step)
+            for loss in losses:
+                precision.backward(loss() / len(losses))
+            return collector.pending.read(step)
+
+
+@contextmanager
+def _as_at(precision: Precision, start: Start) -> Any:
+    """Scales and random state as they were at the beginning of a step; in `undisturbed`, which restores the others."""
+    scales = precision.scales
+    state, wanted = scales.loss.state, scales.wanted
+    scales.loss.state = replace(state, scale=start.loss_scale)
+    scales.wanted = torch.cat([start.delayed, wanted[len(start.delayed) :]])
+    scales.draws.copy_(start.draws)
+    torch.set_rng_state(start.rng)
+    if start.cuda is not None:
+        torch.cuda.set_rng_state(start.cuda, precision.device)
+    try:
+        yield
+    finally:
+        scales.loss.state, scales.wanted = state, wanted
