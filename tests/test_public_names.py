@@ -14,8 +14,8 @@ PUBLIC = {
     mezzo.formats: FORMATS,
     mezzo.policy: {"LossScaling", "Phase", "Policy", "RECIPES", "Recipe", "Rule", "ScaleState", "Schedule", "Site",
                    "Spec"},
-    mezzo.torch: {"CONTRACT", "FastCpu", "Phases", "Precision", "Pruner", "SiteRow", "Step", "fast_cpu", "hadamard",
-                  "quantize"},
+    mezzo.torch: {"CONTRACT", "FastCpu", "Observer", "Phases", "Precision", "Pruner", "SiteRow", "Step", "fast_cpu",
+                  "hadamard", "observe", "quantize", "what_if"},
 }  # fmt: skip
 
 

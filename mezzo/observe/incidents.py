@@ -140,7 +140,7 @@ class Incidents:
         raises    RunError if it cannot be written
         """
         folder = self.path / incident.folder
-        body = {key: value for key, value in asdict(incident).items() if value not in (None, {}, "")}
+        body = {key: value for key, value in asdict(incident).items() if value not in (None, {}, [], "")}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if rng is not None:

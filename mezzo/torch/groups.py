@@ -51,10 +51,14 @@ class GroupScales(NamedTuple):
 
 def group_scales(groups: Groups, blocks: Tensor, fmt: ScaledFormat, given: Tensor | None) -> GroupScales:
     """The scales of an array that was divided into groups; NaN for a group that holds an infinity or a NaN."""
-    work = blocks.dtype
     if given is not None:
-        return GroupScales(_given(given, groups, blocks).to(work), None, None)
-    amax = blocks.abs().amax(dim=(2, 4), keepdim=True)
+        return GroupScales(_given(given, groups, blocks).to(blocks.dtype), None, None)
+    return amax_scales(blocks.abs().amax(dim=(2, 4), keepdim=True), fmt)
+
+
+def amax_scales(amax: Tensor, fmt: ScaledFormat) -> GroupScales:
+    """The scales of groups whose largest magnitudes are `amax`, (outer, R, 1, C, 1), in the dtype to work in."""
+    work = amax.dtype
     amax = torch.where(torch.isfinite(amax), amax, math.nan)
     if fmt.scaling == "nvfp4":
         encode, tensor = _nvfp4_tensor_scales(amax.float().amax())

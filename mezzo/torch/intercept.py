@@ -63,6 +63,7 @@ class SiteMode(TorchFunctionMode):
     path       of the module that is running
     kept       None, or where the bytes of each storage kept for the backward pass are noted
     in_product whether a product or attention is running, which keeps its operands by its own roles
+    compiled   whether a compiler has met the model
     calls      how often each (path, kind) ran in this forward pass: the call index
     recording  None, or where operations are noted
     """
@@ -73,6 +74,7 @@ class SiteMode(TorchFunctionMode):
         self.path = ROOT
         self.depth = 0
         self.in_product = False
+        self.compiled = False
         self.kept: dict[int, int] | None = None
         self.calls: dict[tuple[str, str], int] = {}
         self.recording: dict[tuple[str, str], Seen] | None = None
@@ -182,7 +184,9 @@ class Scope:
         mode = self.mode
         recomputing = False
         compiling = torch.compiler.is_compiling()
-        if not compiling:
+        if compiling:
+            mode.compiled = True
+        else:
             recomputing = torch._C._current_graph_task_id() != -1
             _check_surroundings(mode, recomputing)
         mode.depth = 1

@@ -16,7 +16,7 @@ from mezzo.formats import AnyFormat, ScaledFormat
 from mezzo.formats.blocks import Groups
 from mezzo.formats.measure import BINS, Blocks, Measure, bound, has_blocks
 from mezzo.torch import helper
-from mezzo.torch.groups import divide, group_scales
+from mezzo.torch.groups import amax_scales, divide
 from mezzo.torch.helper.tensors import dense
 
 HELPER_FROM = 2048  # elements: below, torch's own operations are as fast
@@ -34,6 +34,12 @@ class Taken(NamedTuple):
     histogram: Tensor
     blocks: Tensor | None
 
+    def unknown(self) -> Taken:
+        """The same where nothing is known of what the rounding lost."""
+        sums = self.sums.clone()
+        sums[6:] = 0
+        return Taken(sums, self.histogram, None)
+
 
 @torch.no_grad()
 def take(x: Tensor, y: Tensor, fmt: AnyFormat, axis: int = -1, scale: Tensor | None = None) -> Taken:
@@ -43,11 +49,17 @@ def take(x: Tensor, y: Tensor, fmt: AnyFormat, axis: int = -1, scale: Tensor | N
     scale   the one that was given; None: `fmt` takes its scales from the tensor itself
     """
     x, y = x.detach(), y.detach()
-    limit = _limit(fmt, scale)
-    sums, histogram = _elements(x, y, limit)
-    if isinstance(fmt, ScaledFormat) and scale is None and fmt.scaling in ("floor", "nvfp4") and x.numel():
-        sums[4] = _clipped(x, fmt, axis)
-    return Taken(sums, histogram, _blocks(x, y, fmt, axis) if has_blocks(fmt) and x.numel() else None)
+    sums, histogram = _elements(x, y, _limit(fmt, scale))
+    if not isinstance(fmt, ScaledFormat) or not x.numel():
+        return Taken(sums, histogram, None)
+    clips = scale is None and fmt.scaling in ("floor", "nvfp4")
+    if not (clips or has_blocks(fmt)):
+        return Taken(sums, histogram, None)
+    groups = Groups(tuple(x.shape), fmt, axis)
+    found = _blocks(x, y, groups, fmt, axis)
+    if clips:
+        sums[4] += _clipped(x, y, groups, found.amax, fmt)
+    return Taken(sums, histogram, _summary(found) if has_blocks(fmt) else None)
 
 
 def read(taken: Sequence[Taken]) -> list[Measure]:
@@ -82,13 +94,18 @@ def _limit(fmt: AnyFormat, scale: Tensor | None) -> float | Tensor:
     return math.inf if scale is None else bound(fmt.element) * scale
 
 
+def _compiled(x: Tensor, y: Tensor) -> helper.Helper | None:
+    """The helper, where it can measure these and is worth it."""
+    fits = x.device.type == "cpu" and x.numel() >= HELPER_FROM and torch.float64 not in (x.dtype, y.dtype)
+    return helper.load() if fits else None
+
+
 def _elements(x: Tensor, y: Tensor, limit: float | Tensor) -> tuple[Tensor, Tensor]:
-    if x.device.type == "cpu" and x.numel() >= HELPER_FROM and torch.float64 not in (x.dtype, y.dtype):
-        compiled = helper.load()
-        if compiled is not None:
-            if x.stride() != y.stride() or not dense(x):
-                x, y = x.contiguous(), y.contiguous()
-            return compiled.measure(x, y, float(limit))
+    compiled = _compiled(x, y)
+    if compiled is not None:
+        if x.stride() != y.stride() or not dense(x):
+            x, y = x.contiguous(), y.contiguous()
+        return compiled.measure(x, y, float(limit))
     wide, rounded = x.double(), y.double()
     finite, there = torch.isfinite(wide), torch.isfinite(rounded)
     magnitude = torch.where(finite, wide.abs(), 0.0)
@@ -118,46 +135,59 @@ def _histogram(magnitude: Tensor) -> Tensor:
     )
 
 
-def _divided(x: Tensor, fmt: ScaledFormat, axis: int) -> tuple[Groups, Tensor]:
-    groups = Groups(tuple(x.shape), fmt, axis)
-    return groups, divide(groups, x if x.dtype is torch.float64 else x.float())
+class _PerBlock(NamedTuple):
+    """(outer, R, C) of each: amax, in what scales are computed in; sums in float64; whether a value underflowed."""
+
+    amax: Tensor
+    signal: Tensor
+    noise: Tensor
+    lossy: Tensor
 
 
-def _clipped(x: Tensor, fmt: ScaledFormat, axis: int) -> Tensor:
-    """How many finite elements lie beyond what their block's scale lets the elements hold."""
-    groups, blocks = _divided(x, fmt, axis)
-    found = group_scales(groups, blocks, fmt, None)
-    scales = found.scales if found.tensor is None else found.scales * found.tensor
-    limit = bound(fmt.element) * torch.where(torch.isfinite(scales), scales, math.inf)
-    # Compared in double: the product of two float32 scales and the limit must not round.
-    return (torch.isfinite(blocks) & (blocks.abs().double() > limit.double())).sum().double()
+def _blocks(x: Tensor, y: Tensor, groups: Groups, fmt: ScaledFormat, axis: int) -> _PerBlock:
+    compiled = _compiled(x, y)
+    if compiled is not None:
+        *outer, height, width = groups.moved
+        shape = math.prod(outer), -(-height // groups.rows), -(-width // groups.columns)
+        found = compiled.measure_blocks(x.contiguous(), y.contiguous(), fmt, axis)
+        return _PerBlock(*(one.view(shape) for one in found))
+    # In double throughout, so that squares of small gradients do not vanish.
+    before, after = divide(groups, x.double()), divide(groups, y.double())
+    return _PerBlock(
+        before.abs().amax((2, 4)).to(x.dtype if x.dtype is torch.float64 else torch.float32),
+        before.square().sum((2, 4)),
+        (before - after).square().sum((2, 4)),
+        ((before != 0) & (after == 0)).any(4).any(2),
+    )
 
 
-def _blocks(x: Tensor, y: Tensor, fmt: AnyFormat, axis: int) -> Tensor:
-    assert isinstance(fmt, ScaledFormat)
-    _, before = _divided(x, fmt, axis)
-    _, after = _divided(y, fmt, axis)
-    amax = before.abs().amax((2, 4))
-    finite = torch.isfinite(amax) & (amax > 0)
-    lossy = ((before != 0) & (after == 0)).any(4).any(2).sum()
-    # In units of the block's amax, so that squares of small gradients do not vanish in float32.
-    unit = torch.where(finite, amax, 1.0)[:, :, None, :, None]
-    signal = (before / unit).square().sum((2, 4), dtype=torch.float64)
-    noise = ((before - after) / unit).square().sum((2, 4), dtype=torch.float64)
-    sqnr = torch.where(finite, 10 * torch.log10(signal / noise), math.nan).flatten()
-    known = ~torch.isnan(sqnr)
-    worst = torch.where(known, sqnr, math.inf).amin()
-    best = torch.where(known, sqnr, -math.inf).amax()
-    none = ~known.any()
-    figures = [
-        torch.full_like(worst, amax.numel()),
-        (amax == 0).sum(),
-        lossy,
-        torch.where(none, math.nan, worst),
-        sqnr.nanmedian(),
-        torch.where(none, math.nan, best),
-    ]
-    histogram = _histogram(amax[finite] if x.device.type == "cpu" else torch.where(finite, amax, 0.0))
+def _clipped(x: Tensor, y: Tensor, groups: Groups, amax: Tensor, fmt: ScaledFormat) -> Tensor | int:
+    """How many finite elements that stayed finite lie beyond what their block's scale lets the elements hold."""
+    found = amax_scales(amax[:, :, None, :, None], fmt)
+    # In double, where the product of the scales and the bound does not round.
+    scales = found.scales.double() if found.tensor is None else found.scales.double() * found.tensor.double()
+    # Under a scale that rounded to zero nothing overflows: everything underflows.
+    limit = bound(fmt.element) * torch.where(torch.isfinite(scales) & (scales > 0), scales, math.inf)
     if x.device.type != "cpu":
+        before, after = divide(groups, x), divide(groups, y)
+        return (torch.isfinite(before) & torch.isfinite(after) & (before.abs().double() > limit)).sum()
+    above = amax.double() > limit[:, :, 0, :, 0]  # never where amax is not finite: the limit is infinite there
+    if not bool(above.any()):
+        return 0
+    before, after = (divide(groups, side).transpose(2, 3)[above] for side in (x, y))
+    return (torch.isfinite(after) & (before.abs().double() > limit[:, :, 0, :, 0][above][:, None, None])).sum()
+
+
+def _summary(found: _PerBlock) -> Tensor:
+    """`Taken.blocks`."""
+    amax = found.amax
+    finite = torch.isfinite(amax) & (amax > 0)
+    ratio = torch.where(finite, found.signal / found.noise, math.nan).flatten()
+    known = ~torch.isnan(ratio)
+    worst, best = torch.where(known, ratio, math.inf).amin(), torch.where(known, ratio, -math.inf).amax()
+    sqnr = torch.where(known.any(), 10 * torch.log10(torch.stack([worst, ratio.nanmedian(), best])), math.nan)
+    counts = [torch.full_like(worst, amax.numel()), (amax == 0).sum(), found.lossy.sum()]
+    histogram = _histogram(amax[finite] if amax.device.type == "cpu" else torch.where(finite, amax, 0.0))
+    if amax.device.type != "cpu":
         histogram[0] -= (~finite).sum()
-    return torch.cat([torch.stack([figure.double() for figure in figures]), histogram.double()])
+    return torch.cat([torch.stack([count.double() for count in counts]), sqnr, histogram.double()])

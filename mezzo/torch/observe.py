@@ -10,7 +10,7 @@ not one bit; between two samples nothing is done at all.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from mezzo.errors import ConfigError
 from mezzo.policy import Policy, Site
 from mezzo.policy.sample import Sample
-from mezzo.policy.site import ROOT, SHORTHANDS
+from mezzo.policy.site import ROOT
 from mezzo.torch.measure import Taken, take
-from mezzo.torch.sample import Pending
+from mezzo.torch.sample import OWN, Pending
 from mezzo.torch.step import Step
-from mezzo.torch.suppose import Suppose
-from mezzo.torch.table import SiteEvent
+from mezzo.torch.suppose import NARROW, Suppose
+from mezzo.torch.switch import undisturbed
+from mezzo.torch.table import OUTPUTS, SiteEvent
 from mezzo.torch.updates import Updates
 
 if TYPE_CHECKING:
@@ -39,11 +40,12 @@ class Collector:
 
     precision   whose sites are measured
     whatif      other policies
+    loss_scale  theirs, if they scale the loss
     """
 
-    def __init__(self, precision: Precision, whatif: Iterable[Policy] = ()) -> None:
+    def __init__(self, precision: Precision, whatif: Iterable[Policy] = (), loss_scale: float | None = None) -> None:
         self.precision = precision
-        self.supposed = {str(policy): Suppose(precision, policy) for policy in whatif}
+        self.supposed = {str(policy): Suppose(precision, policy, loss_scale) for policy in whatif}
         self.pending = Pending(str(precision.policy), [*self.supposed])
         self._last: tuple[weakref.ref[Tensor], Any, Taken] | None = None
 
@@ -59,7 +61,7 @@ class Collector:
 
     def logits(self, path: str, largest: Tensor) -> None:
         """The largest magnitude of an attention's logits."""
-        if self.precision.scales.training and not _recomputing():
+        if self.precision.scales.training and not _recomputing(self.precision):
             known = self.pending.logits.get(path)
             self.pending.logits[path] = largest if known is None else torch.maximum(known, largest)
 
@@ -69,21 +71,22 @@ class Collector:
         if self._last is not None and self._last[0]() is event.before and self._last[1] == how:
             return self._last[2]
         taken = take(event.before, event.after, event.spec.fmt, event.axis, event.scale)
+        if event.site.role in OUTPUTS and event.before.dtype in NARROW:
+            taken = taken.unknown()  # the kernel rounded its result itself: there is nothing to compare with
         self._last = weakref.ref(event.before), how, taken
         return taken
 
 
-def _recomputing() -> bool:
+def _recomputing(precision: Precision) -> bool:
     """Whether a checkpointed block runs forward again inside of the backward pass."""
-    return torch._C._current_graph_task_id() != -1
+    return precision.mode.depth > 0 and torch._C._current_graph_task_id() != -1
 
 
 def _counts(precision: Precision, site: Site, x: Tensor) -> bool:
+    """Whether a rounding belongs to a training step, for the first time."""
     if not x.numel() or (site.role in ("fprop.b", "wgrad.out") and x.dim() == 1):
         return False  # a bias, which goes with its weight
-    if site.role.startswith("fprop") or site.role in (*SHORTHANDS["input"], "saved"):
-        return precision.scales.training and not (site.role != "wgrad.b" and _recomputing())
-    return True
+    return precision.scales.training and not _recomputing(precision)
 
 
 class Observer:
@@ -101,12 +104,11 @@ class Observer:
             whatif = (whatif,)
         self.precision, self.every = precision, every
         self.whatif = [Policy.of(policy) for policy in whatif]
-        for policy in self.whatif:
-            precision.table(policy)  # what cannot be carried out is an error now
+        Collector(precision, self.whatif)  # a rule that matches nothing is an error now
         self._samples: dict[int, Pending | Sample] = {}
         self._collector: Collector | None = None
         self._updates: Updates | None = None
-        self._eager: Any = None
+        self._eager: weakref.finalize[..., Observer] | None = None  # lets compiled code run again
         precision.attach(self)
         self._begin()
 
@@ -164,14 +166,19 @@ class Observer:
             self._collector = Collector(self.precision, self.whatif)
             self.precision.hooks.taps.append(self._collector)
             self.precision.hooks.logits.append(self._collector.logits)
-            self._eager = torch.compiler.set_stance("force_eager")
+            if self.precision.mode.compiled:
+                self._eager = weakref.finalize(
+                    self, torch.compiler.set_stance("force_eager").__exit__, None, None, None
+                )
 
     def _end(self) -> None:
         collector, self._collector, self._updates = self._collector, None, None
         if collector is not None:
             self.precision.hooks.taps.remove(collector)
             self.precision.hooks.logits.remove(collector.logits)
-            self._eager.__exit__(None, None, None)
+        if self._eager is not None:
+            self._eager()
+            self._eager = None
 
 
 def observe(
@@ -191,17 +198,53 @@ def observe(
     returns     Observer; its close() ends it
     raises      ConfigError if the model is under no Precision, or a policy cannot be carried out on it
     """
+    precision = _found(model)
+    precision.mode.compiled |= hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    return Observer(precision, every, whatif)
+
+
+def what_if(
+    model: nn.Module | Precision,
+    policies: Iterable[str | Policy],
+    losses: Iterable[Callable[[], Tensor]],
+    loss_scale: float | None = None,
+) -> Sample:
+    """Measure what every site loses, and what it would lose under other policies; nothing of a training changes.
+
+        sample = mezzo.torch.what_if(model, ["nvfp4"], [lambda: loss_fn(model(x), y)])
+        for site, one in sample.worst(10, "nvfp4"): print(site, one.spec, one.measure.sqnr)
+
+    model        under a Precision, or that Precision. Under policy "fp32" every tensor is met unrounded; under a
+                 16-bit policy, what another format of 16 bits or more would lose cannot be known (SQNR is NaN)
+    policies     any, whether this machine has their formats or not
+    losses       each runs the model on a batch and returns the loss, 0-d; what they measure is added up
+    loss_scale   of policies that scale the loss; None: the one they begin with
+    returns      Sample; its step is how many the model was trained so far
+    raises       ConfigError as `observe`, and if no site was met
+    """
+    precision = _found(model)
+    asked = [Policy.of(policy) for policy in ([policies] if isinstance(policies, str) else policies)]
+    with undisturbed(precision), torch.compiler.set_stance("force_eager"), torch.enable_grad():
+        collector = Collector(precision, asked, loss_scale)
+        precision.hooks.taps.append(collector)
+        precision.hooks.logits.append(collector.logits)
+        for loss in losses:
+            precision.backward(loss())
+        if not collector.pending.taken[OWN]:
+            raise ConfigError("the losses met no site of the model: they must run it, with gradients")
+        return collector.pending.read(precision.steps)
+
+
+def _found(model: nn.Module | Precision) -> Precision:
     from mezzo.torch.precision import Precision
 
-    if not isinstance(model, Precision):
-        found = _precision_of(model)
-        if found is None:
-            raise ConfigError(
-                "observe() needs a model under a Precision: make precision = mezzo.torch.Precision(model, optimizer, "
-                "policy='bf16') first; under policy='fp32' nothing is rounded and whatif tells what would be lost"
-            )
-        model = found
-    return Observer(model, every, whatif)
+    found = model if isinstance(model, Precision) else _precision_of(model)
+    if found is None:
+        raise ConfigError(
+            "this model is under no Precision: make precision = mezzo.torch.Precision(model, optimizer, policy='bf16') "
+            "first; under policy='fp32' nothing is rounded, and other policies can be asked for still"
+        )
+    return found
 
 
 def _precision_of(model: nn.Module) -> Precision | None:

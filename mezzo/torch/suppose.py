@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mezzo.formats import FLOAT32
-from mezzo.policy import Policy, Site, Spec
+import torch
+
+from mezzo.formats import BFLOAT16, FLOAT16, FLOAT32, AnyFormat, ScaledFormat
+from mezzo.policy import Policy, Spec
 from mezzo.policy.policy import find
 from mezzo.policy.scale import initial
-from mezzo.policy.site import SHORTHANDS
+from mezzo.policy.site import ROOT, SHORTHANDS
 from mezzo.torch.measure import Taken, take
 from mezzo.torch.table import OUTPUTS, SiteEvent, round_to, turned
 
@@ -20,25 +22,36 @@ if TYPE_CHECKING:
 SCALED = (*SHORTHANDS["grad_output"], *(role for role in OUTPUTS if not role.startswith("fprop")))
 
 
+# Bits of the fraction of what a tensor may arrive in.
+NARROW = {torch.bfloat16: BFLOAT16.mantissa_bits, torch.float16: FLOAT16.mantissa_bits}
+
+
 class Suppose:
     """Rounds what a tap is told of as `policy` would; training sees nothing of it.
 
-    A delayed scale is taken from the tensor itself, as it would be where the history is like the present. A policy that
-    scales the loss begins with its first scale, or goes on with the present one if it is the run's own.
+    A delayed scale is taken from the tensor itself, as it would be where the history is like the present.
+
+    loss_scale   of a policy that scales the loss; None: the first it has, or the present one if it is the run's own
     """
 
-    def __init__(self, precision: Precision, policy: Policy) -> None:
+    def __init__(self, precision: Precision, policy: Policy, loss_scale: float | None = None) -> None:
         self.scales, self.policy = precision.scales, policy
-        self.table = precision.table(policy)
+        paths = [path or ROOT for path, _ in precision.model.named_modules()]
+        policy.check_paths(paths)
+        self.rules = policy.rules_for(paths)
         same = policy.loss_scaling == precision.policy.loss_scaling
-        self.scale = None if same else initial(policy.loss_scaling).scale if policy.loss_scaling else 1.0
+        self.scale: float | None = 1.0  # None: as it is
+        if policy.loss_scaling is not None:
+            first = None if same else float(initial(policy.loss_scaling).scale)
+            self.scale = first if loss_scale is None else loss_scale
 
     def __call__(self, event: SiteEvent) -> tuple[Spec, Taken] | None:
         """The spec that the site would have, and the measures; None if it would keep nothing."""
         site = event.site
-        spec = self.table.saved(site.path) if site.role == "saved" else self._spec(site)
-        if spec is None:
-            return None
+        spec = find(self.rules, site)
+        if spec is None and site.role == "saved":
+            return None  # kept as it is
+        spec = spec or Spec(FLOAT32)
         x = event.raw
         if self.scale is not None and site.role in SCALED:
             x = x.float() * (self.scale / self.scales.loss.scale)
@@ -46,7 +59,11 @@ class Suppose:
         key = self.scales.key(site) if now.rounding == "stochastic" else None
         source = turned(now, x, event.axis)
         y = round_to(now, source, event.axis, key, None)
-        return spec, take(source, y, now.fmt, event.axis)
+        taken = take(source, y, now.fmt, event.axis)
+        # A tensor that arrives in 16 bits does not tell what as many bits of another kind would lose of it.
+        hidden = event.raw.dtype in NARROW and _fraction_bits(now.fmt) >= NARROW[event.raw.dtype]
+        return spec, taken.unknown() if hidden else taken
 
-    def _spec(self, site: Site) -> Spec:
-        return find(self.table.rules, site) or Spec(FLOAT32)
+
+def _fraction_bits(fmt: AnyFormat) -> int:
+    return fmt.element.mantissa_bits if isinstance(fmt, ScaledFormat) else fmt.mantissa_bits

@@ -120,6 +120,12 @@ def load_run(path: str | Path, policy: str | None = None) -> tuple[GPT, Tokenize
     if checkpoint is None:
         why = "".join(f"\n  {problem}" for problem in problems) or ": nothing was saved there yet"
         raise RunError(f"{path} has no usable checkpoint{why}")
+    model, precision = load_checkpoint(checkpoint, config, policy)
+    return model, Tokenizer.load(run.path / TOKENIZER), precision, checkpoint
+
+
+def load_checkpoint(checkpoint: Checkpoint, config: Config, policy: str | None = None) -> tuple[GPT, Precision]:
+    """The model of a checkpoint, for reading; arguments and errors as of `load_run`."""
     model = GPT(config.model.resolve())
     weights = checkpoint.load_group("model")
     for name, parameter in model.named_parameters():
@@ -130,7 +136,7 @@ def load_run(path: str | Path, policy: str | None = None) -> tuple[GPT, Tokenize
     own = config.resolved_policy() if config.phase is None else checkpoint.meta["policy"]  # of its phase
     precision = Precision(model, None, policy or own)
     model.eval()
-    return model, Tokenizer.load(run.path / TOKENIZER), precision, checkpoint
+    return model, precision
 
 
 def _shown(value: Any) -> str:

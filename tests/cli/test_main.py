@@ -17,11 +17,14 @@ OPTIONS = {
     "demo": ["--seconds"],
     "formats": ["NAMES", "--json"],
     "generate": ["RUN", "--prompt", "--tokens", "--temperature", "--top-k", "--top-p", "--seed", "--policy"],
+    "incidents": ["RUN", "--json"],
     "parity": ["CONFIG", "--policy", "--against", "--seeds", "--margin", "--set", "--out", "--jobs"],
     "probe": ["--json", "--fresh"],
     "recipes": ["NAME", "--json"],
+    "report": ["RUNS", "--out", "--live", "--port", "--lang"],
     "sites": ["SOURCE", "--policy", "--json"],
     "train": ["CONFIG", "--set", "--policy", "--data", "--out", "--resume"],
+    "whatif": ["SOURCE", "--policy", "--batches", "--batch", "--config", "--spare", "--all", "--json"],
 }
 
 

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from mezzo.errors import ConfigError
+from mezzo.formats import get_format
+from mezzo.formats.blocks import Groups
 from mezzo.torch import helper
 from mezzo.torch.helper import build
 
@@ -25,7 +28,12 @@ BREAKS = {
     "histogram": ("bins[0][exponents[i]]++", "bins[0][0]++"),
     "chunks": ("(chunk + 1) * CHUNK, job.count", "(chunk + 1) * CHUNK, job.count / RUN * RUN"),
     "infinities": ("if (!look(", "if (look("),
+    "lossy blocks": ("a != 0 && b == 0 ? 1 : 0;\n    }\n    part.amax", "b == 0 ? 1 : 0;\n    }\n    part.amax"),
+    "order of blocks": ("job.upright ?", "!job.upright ?"),
+    "pieces": ("whole.add(numbers.columns.part(0, here))", "whole = numbers.columns.part(0, here)"),
 }
+BLOCKS = ("nvfp4", "mxfp8_e4m3", "nvfp4_16x16", "e4m3@row", "e4m3@1x128", "e4m3@128x128", "int8@3x600", "e5m2@tensor")
+SHAPES = ((130, 131), (64, 256), (3, 40, 50), (2, 3, 20, 33), (2, 700, 3), (4001,), (1, 1), (3, 0))
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +211,116 @@ def test_what_does_not_fit_is_refused(compiled):
             compiled.measure(x, x, over)
 
 
+# --------------------------------------------------------------------------------------------------------------- blocks
+
+
+def check_blocks(compiled, x, y, fmt, axis):
+    """Hold `measure_blocks` against NumPy in float64."""
+    found = compiled.measure_blocks(x, y, fmt, axis)
+    amax, signal, noise, lossy = found
+    assert [one.dtype for one in found] == [torch.float32, torch.float64, torch.float64, torch.bool]
+    if not x.numel():
+        assert all(one.shape == (0,) for one in found)
+        return found
+    groups = Groups(tuple(x.shape), fmt, axis)
+    before, after = (groups.divide(side.double().numpy()) for side in (x, y))
+    most = np.abs(before).max(axis=(2, 4)).ravel()
+    finite = np.isfinite(most)
+    assert torch.isfinite(amax).numpy().tolist() == finite.tolist()
+    assert amax.numpy()[finite].tolist() == most[finite].tolist()
+    assert lossy.tolist() == ((before != 0) & (after == 0)).any(axis=(2, 4)).ravel().tolist()
+    with np.errstate(invalid="ignore"):
+        sums = [(side**2).sum(axis=(2, 4)).ravel() for side in (before, before - after)]
+    for got, expected in zip((signal, noise), sums, strict=True):
+        np.testing.assert_allclose(got.numpy()[finite], expected[finite], rtol=1e-12, atol=0)
+        assert not np.isfinite(got.numpy()[~finite]).any()
+    return found
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_blocks_are_the_reference(compiled, shape, name):
+    fmt = get_format(name)
+    if len(shape) == 1 and fmt.group[0] not in (1, "r", "t"):
+        pytest.skip("blocks of several rows need a matrix")
+    for axis in range(-len(shape), len(shape)):
+        x = numbers(math.prod(shape)).reshape(shape) if math.prod(shape) else torch.empty(shape)
+        y = (x * 2.0**-14).to(torch.float8_e5m2).float().mul(2.0**14)
+        check_blocks(compiled, x, y, fmt, axis)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_16x16", "e4m3@row"])
+@pytest.mark.parametrize(("before", "after"), PAIRS, ids=str)
+def test_blocks_of_every_dtype(compiled, before, after, name):
+    x, fmt = numbers(70 * 90).reshape(70, 90).to(before), get_format(name)
+    for axis in (0, 1):
+        check_blocks(compiled, x, x.bfloat16().to(after), fmt, axis)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_blocks_of_small_and_of_large_numbers(compiled, axis):
+    for scale in (2.0**-149, 1e-30, 1e37):
+        x = (torch.linspace(1, 9, 40 * 50) * scale).reshape(40, 50)
+        _, _, noise, _ = check_blocks(compiled, x, x * 0, get_format("nvfp4"), axis)
+        assert (noise > 0).all()
+    most = torch.full((40, 50), torch.finfo(torch.float32).max)
+    check_blocks(compiled, most, -most, get_format("nvfp4"), axis)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_number_of_threads_changes_no_bit_of_a_block(compiled, name):
+    fmt, x = get_format(name), numbers(LARGE)[: 4 * 300 * 500].reshape(4, 300, 500)
+    y = x.bfloat16()
+    for axis in (0, 1, 2):
+        with threads(1):
+            expected = check_blocks(compiled, x, y, fmt, axis)
+        for count in (2, 2, 5):
+            with threads(count):
+                found = compiled.measure_blocks(x, y, fmt, axis)
+            for got, one in zip(found, expected, strict=True):
+                assert torch.equal(got.view(torch.uint8), one.view(torch.uint8))
+
+
+def test_a_hand_made_pair_of_blocks(compiled):
+    x = torch.zeros(2, 18)
+    x[0, :3], x[1, 16] = torch.tensor([3.0, -4.0, 2.0**-20]), math.inf
+    y = x.clone()
+    y[0, :3] = torch.tensor([3.5, -4.0, 0.0])
+    amax, signal, noise, lossy = compiled.measure_blocks(x, y, get_format("nvfp4"), -1)
+    assert amax.tolist() == [4, 0, 0, math.inf]
+    assert signal.tolist() == [25 + 2.0**-40, 0, 0, math.inf]
+    assert noise[:3].tolist() == [0.25 + 2.0**-40, 0, 0]
+    assert lossy.tolist() == [True, False, False, False]
+
+
+def test_blocks_do_not_heed_the_callers_flushing_of_subnormals(compiled):
+    x = torch.arange(1, 4001, dtype=torch.int32).view(torch.float32).reshape(40, 100)
+    expected = [compiled.measure_blocks(x, x * 0, get_format("nvfp4"), axis) for axis in (0, 1)]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormals")
+    try:
+        found = [compiled.measure_blocks(x, torch.zeros(40, 100), get_format("nvfp4"), axis) for axis in (0, 1)]
+    finally:
+        torch.set_flush_denormal(False)
+    for got, wanted in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+        assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
+    assert (expected[0][1] > 0).all()
+
+
+def test_blocks_that_do_not_fit_are_refused(compiled):
+    x, fmt = torch.ones(4, 6), get_format("nvfp4")
+    with pytest.raises(ValueError, match="blocks are measured in contiguous tensors"):
+        compiled.measure_blocks(x.t(), x.t(), fmt, -1)
+    with pytest.raises(ValueError, match="helper takes dense"):
+        compiled.measure_blocks(x.double(), x, fmt, -1)
+    with pytest.raises(ValueError, match="y must have the shape"):
+        compiled.measure_blocks(x, torch.ones(6, 4), fmt, -1)
+    with pytest.raises(ConfigError, match="needs an axis"):
+        compiled.measure_blocks(x, x, fmt, 2)
+    with pytest.raises(ConfigError, match="blocks of 16 rows"):
+        compiled.measure_blocks(x[0], x[0], get_format("nvfp4_16x16"), -1)
+
+
 # ------------------------------------------------------------------------------------------------------------ the build
 
 
@@ -227,7 +345,7 @@ print(helper.load() is None, helper.status())
 """
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
-    assert "gives other bits than mezzo.formats: measure, float32 to" in done.stdout, done.stderr
+    assert "gives other bits than mezzo.formats: measure, " in done.stdout, done.stderr
     assert done.stdout.startswith("True absent: what ")
     assert not list(tmp_path.glob("mezzo/*.so"))
 

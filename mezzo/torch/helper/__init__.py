@@ -95,6 +95,7 @@ class Helper:
             routine.restype = None
         self._elements, self._blocks = compiled.mezzo_elements, compiled.mezzo_blocks
         self._measure = measure.routine(compiled)
+        self._measure_blocks = measure.blocks_routine(compiled)
         compiled.mezzo_use_threads(_torch_threads())
 
     def elements(
@@ -179,6 +180,25 @@ class Helper:
         """
         return self._measure(x, y, over)
 
+    def measure_blocks(
+        self, x: Tensor, y: Tensor, fmt: ScaledFormat, axis: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a rounding of `x` to `y` lost in each block of `fmt`. The number of threads changes no bit of it.
+
+        x, y      contiguous float32, bfloat16 or float16 on the CPU, of one shape
+        returns   (amax, signal, noise, lossy), flat, the blocks in the order (outer, R, C) of `Groups.divide`:
+                  amax            float32, the largest magnitude in x; NaN or infinite where x has one of these
+                  signal, noise   float64, the sums of x**2 and of (x - y)**2; infinite or NaN where a number is
+                  lossy           bool, whether an x that is not zero has a y that is
+        raises    ConfigError if x has no such blocks; ValueError if the tensors are none of these
+        """
+        check_tensors(x, y, "y")
+        if not (x.is_contiguous() and y.is_contiguous()):
+            raise ValueError("blocks are measured in contiguous tensors")
+        groups = Groups(tuple(x.shape), fmt, axis)
+        upright = groups.axis % len(groups.flat) < len(groups.flat) - 1
+        return self._measure_blocks(x, y, _layout(groups), upright)
+
 
 def supports(fmt: Format) -> bool:
     """Whether `Helper.elements` rounds to an element format: to all but float64 and float8_e8m0fnu."""
@@ -260,7 +280,7 @@ def self_check(compiled: ctypes.CDLL) -> str | None:
                     expected = quantize(array, fmt, axis=axis, rounding=rounding, overflow=overflow, key=key)  # type: ignore
                     if not _same(x.numpy(), expected):
                         return f"{fmt} along axis {axis}, {rounding}, {overflow}"
-    return measure.self_check(compiled, numbers)
+    return measure.self_check(compiled, numbers) or measure.self_check_blocks(helper.measure_blocks, numbers)
 
 
 def _same(got: np.ndarray, expected: np.ndarray) -> bool:
