@@ -25,7 +25,7 @@ from typing import Any
 
 from common import write_result
 
-from mezzo.observe import RunObserver
+from mezzo.observe.listener import RunObserver
 from mezzo.torch.observe import EVERY
 from mezzo.train.config import Config, load
 from mezzo.train.listeners import Listener

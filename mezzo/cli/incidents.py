@@ -27,13 +27,15 @@ def incidents(run: str, as_json: bool) -> None:
     from mezzo.storage import to_json
     from mezzo.train.rundir import RunDir
 
-    found = read(RunDir.open(run).path)
+    found, broken = read(RunDir.open(run).path)
     if as_json:
         click.echo(json.dumps(json.loads(to_json({"incidents": found}, what="incidents")), indent=2))
         return
     console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
-    if not found:
+    if not found and not broken:
         console.print("no incidents")
+    for name in broken:
+        console.print(f"cannot be read: {name}")
     for one in found:
         steps = one.get("steps", [one["step"]])
         until = f" to {steps[-1]:,}" if steps[-1] != one["step"] else ""

@@ -10,11 +10,14 @@ from mezzo._version import __version__
 from mezzo.cli.demo import demo
 from mezzo.cli.formats import formats
 from mezzo.cli.generate import generate
+from mezzo.cli.incidents import incidents
 from mezzo.cli.parity import parity
 from mezzo.cli.probe import probe
 from mezzo.cli.recipes import recipes
+from mezzo.cli.report import report
 from mezzo.cli.sites import sites
 from mezzo.cli.train import train
+from mezzo.cli.whatif import whatif
 from mezzo.errors import MezzoError
 
 
@@ -31,14 +34,17 @@ def cli() -> None:
       mezzo train --resume runs/first                 go on where it stopped
       mezzo generate runs/first --prompt "def main("  continue a text
       mezzo sites runs/first                          what is rounded to what
+      mezzo whatif runs/first --policy nvfp4          what each site would lose in other formats
+      mezzo incidents runs/first                      what went wrong
       mezzo parity config.toml --policy bf16          was anything lost? pairs of runs, a verdict
+      mezzo report runs/first                         how it went, as one HTML page
       mezzo recipes                                   what has a name: from fp64 to nvfp4
       mezzo formats nvfp4                             what a number format can hold
       mezzo probe                                     what this machine runs natively, and how fast
     """
 
 
-for _command in (demo, formats, generate, parity, probe, recipes, sites, train):
+for _command in (demo, formats, generate, incidents, parity, probe, recipes, report, sites, train, whatif):
     cli.add_command(_command)
 
 

@@ -97,7 +97,7 @@ def train(
 def _listeners(config: Config, console: Console) -> Listener:
     """A line for people now and then, and the measures of `observe.*`."""
     from mezzo.cli.console import Progress
-    from mezzo.observe import RunObserver
+    from mezzo.observe.listener import RunObserver
     from mezzo.train.listeners import Listeners
 
     o = config.observe

@@ -153,14 +153,16 @@ class Incidents:
             raise RunError(f"cannot write the incident {folder}: {error.strerror or error}") from error
 
 
-def read(run: Path) -> list[dict[str, Any]]:
-    """The incidents of a run directory as plain data, in the order of their steps; what cannot be read is left out."""
-    found = []
-    for path in sorted((run / "incidents").glob("step-*/incident.json")):
+def read(run: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The incidents of a run directory as plain data, in the order of steps, and the folders that cannot be read."""
+    found, broken = [], []
+    for folder in sorted((run / "incidents").glob("step-*")):
         try:
-            body = from_json(path.read_bytes())
+            body = from_json((folder / "incident.json").read_bytes())
         except (OSError, ValueError, RecursionError):
-            continue
+            body = None
         if isinstance(body, dict) and type(body.get("step")) is int and isinstance(body.get("kind"), str):
             found.append(body)
-    return sorted(found, key=lambda one: (one["step"], one["kind"]))
+        else:
+            broken.append(folder.name)
+    return sorted(found, key=lambda one: (one["step"], one["kind"])), broken

@@ -14,6 +14,7 @@ from mezzo.policy.spec import Spec
 # Logits beyond it leave nothing but the largest; trainings that diverged had passed it. Kimi K2 (arXiv 2507.20534,
 # section 2.1) clips there; "Scaling Vision Transformers to 22B" (arXiv 2302.05442) saw divergence above.
 LARGE_LOGIT = 100.0
+DOWNSTREAM = 3  # nonfinite sites that are told of
 LOST = 0.5  # share of the weights that a step should have moved and did not
 
 
@@ -89,7 +90,8 @@ class Sample:
     def findings(self) -> list[Finding]:
         """What is wrong, first things first: the first nonfinite site is where it began."""
         found = [finding for site, one in self.sites.items() for finding in _of_site(site, one)]
-        found.sort(key=lambda one: one.kind not in ("nonfinite", "overflow"))
+        bad = [one for one in found if one.kind in ("nonfinite", "overflow")]
+        found = [*bad[:DOWNSTREAM], *(one for one in found if one not in bad)]  # what is not finite spreads
         for path, logit in self.logits.items():
             if not logit <= LARGE_LOGIT:
                 text = f"an attention logit of {logit:.4g}: beyond {LARGE_LOGIT:g} the softmax gives all to one key"

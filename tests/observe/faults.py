@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mezzo.observe import RunObserver
+from mezzo.observe.listener import RunObserver
 from mezzo.train.config import Config, load
 from mezzo.train.listeners import Listeners
 from mezzo.train.session import Session

@@ -10,8 +10,8 @@ import torch
 from faults import FAULTS, GOOD_STEPS, Fault, config, found, try_fault
 
 import mezzo.torch
-from mezzo.observe import RunObserver
 from mezzo.observe.incidents import read
+from mezzo.observe.listener import RunObserver
 from mezzo.train.session import Session
 
 NAMES = [fault.name for fault in FAULTS]
@@ -77,14 +77,14 @@ def test_a_step_that_is_run_again_changes_nothing_of_the_training(folder: Path, 
     same_losses, same = train("observed", RunObserver(every=1))
     assert losses == same_losses
     assert all(map(torch.equal, tensors, same))
-    (incident,) = read(tmp_path / "observed")
+    ((incident,), _) = read(tmp_path / "observed")
     assert incident["site"] == "blocks.0.mlp.down:dgrad.a"
 
 
 def test_an_incident_has_what_is_needed_to_look_at_the_step_again(folder: Path, tmp_path: Path) -> None:
     session = Session.start(config(folder, "fp16"), tmp_path / "run", RunObserver(every=50))
     found(session, FAULTS[NAMES.index("NaN in one batch row")], block=1)
-    (incident,) = read(session.run.path)
+    ((incident,), _) = read(session.run.path)
     site = "blocks.1.attn.qkv:fprop.a"
     assert (incident["step"], incident["kind"], incident["site"]) == (GOOD_STEPS + 1, "nonfinite", site)
     assert incident["rule"] == "'blocks.1.attn.qkv:*=float32'"

@@ -12,8 +12,8 @@ import pytest
 from faults import config
 
 from mezzo.errors import MezzoError
-from mezzo.observe import Incident, RunObserver
-from mezzo.observe.incidents import Incidents, Watch, read
+from mezzo.observe.incidents import Incident, Incidents, Watch, read
+from mezzo.observe.listener import RunObserver
 from mezzo.train.rundir import RunDir
 from mezzo.train.session import Session
 from mezzo.train.stored import read_config
@@ -72,7 +72,7 @@ def test_the_first_and_the_last_are_kept_when_there_are_too_many(tmp_path: Path)
     store = Incidents(tmp_path, most=5)
     for step in range(1, 31):
         store.keep(Incident(step, "nonfinite", "a gradient was not finite", steps=[step]), np.zeros(8, np.uint8))
-    assert [one["step"] for one in read(tmp_path)] == [1, 2, 28, 29, 30]
+    assert [one["step"] for one in read(tmp_path)[0]] == [1, 2, 28, 29, 30]
 
 
 def test_incidents_of_one_step_do_not_overwrite_each_other_and_torn_ones_are_left_out(tmp_path: Path) -> None:
@@ -81,10 +81,11 @@ def test_incidents_of_one_step_do_not_overwrite_each_other_and_torn_ones_are_lef
         store.keep(Incident(7, kind, kind, loss=math.nan))
     (tmp_path / "incidents" / "step-000008").mkdir()
     (tmp_path / "incidents" / "step-000008" / "incident.json").write_text('{"step": 8, "ki')
-    found = read(tmp_path)
+    found, broken = read(tmp_path)
+    assert broken == ["step-000008"]
     assert [one["kind"] for one in found] == ["exception", "loss_spike", "nonfinite"]
     assert all(math.isnan(one["loss"]) for one in found)
-    assert read(tmp_path / "nothing") == []
+    assert read(tmp_path / "nothing") == ([], [])
 
 
 def test_an_exception_in_the_middle_of_a_run_leaves_an_incident(folder: Path, tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_an_exception_in_the_middle_of_a_run_leaves_an_incident(folder: Path, tm
     session.model.blocks[0].register_forward_hook(fail)
     with pytest.raises(ValueError, match="the disk"):
         list(session.train())
-    (incident,) = read(tmp_path / "run")
+    ((incident,), _) = read(tmp_path / "run")
     assert (incident["step"], incident["kind"]) == (4, "exception")
     assert incident["what"] == "ValueError: the disk of the data is gone"
     assert "in fail" in incident["traceback"]
@@ -110,7 +111,7 @@ def test_training_that_gives_up_leaves_its_nonfinite_steps_and_the_end(folder: P
     session = Session.start(config(folder, policy), tmp_path / "run", RunObserver())
     with pytest.raises(MezzoError):
         list(session.train())
-    nonfinite, end = sorted(read(tmp_path / "run"), key=lambda one: one["kind"], reverse=True)
+    nonfinite, end = sorted(read(tmp_path / "run")[0], key=lambda one: one["kind"], reverse=True)
     assert (nonfinite["step"], nonfinite["steps"], end["kind"]) == (1, [1, 2], "exception")
     assert ":dgrad." in nonfinite["site"]
 
