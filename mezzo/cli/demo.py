@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from mezzo.train.config import Config
     from mezzo.train.session import Session
 
 FORMATS = ("bfloat16", "e4m3@tensor", "mxfp8", "nvfp4", "mxfp4")  # what the trained model is also evaluated in
+WHATIF = "nvfp4"  # what the sites of the bf16 run would lose under it
 RECIPES = ("bf16", "fp8", "mxfp8", "nvfp4", "mxfp4")  # whose gradients are compared with float32's
 SECONDS = 85.0  # for the two arms trained side by side
 
@@ -57,16 +60,19 @@ def demo(seconds: float) -> None:
     _formats(session, console)
     _loss_scaling(session, console)
     _recipes(session, console)
+    _sites(session, console)
     _parity(console)
     console.print("\na sample of what the model writes after this little training:")
     console.print(sample, markup=False)
     console.print(f"\nthe run is {path}; {time.perf_counter() - begin:.0f} s in all. Worth typing next:")
     console.print(f'  .venv/bin/mezzo generate {path} --prompt "class Point"')
     console.print(f"  .venv/bin/mezzo sites {path}")
+    console.print(f"  .venv/bin/mezzo whatif {path} --policy mxfp8")
     console.print("  .venv/bin/mezzo recipes nvfp4")
     console.print("  .venv/bin/mezzo parity --policy fp8 --set train.steps=300 --seeds 4")
     console.print("  .venv/bin/mezzo probe")
     console.print('  .venv/bin/mezzo train --data YOUR_TEXTS --policy "bf16; head:*=float32"', markup=False)
+    console.print(f"the whole run as a page for your browser, offline: {_page(path)}")
 
 
 def _steps_for(seconds: float, base: Config, device: Any) -> int:
@@ -87,10 +93,13 @@ def _train_both(config: Config, corpus: Any, console: Console) -> tuple[Session,
     from mezzo.cli.console import Progress
     from mezzo.cli.demo_arms import plain_loop
     from mezzo.models.gpt_torch import GPT
+    from mezzo.observe.listener import RunObserver
+    from mezzo.train.listeners import Listeners
     from mezzo.train.loop import evaluate
     from mezzo.train.session import Session
 
-    session = Session.start(config, time.strftime("runs/demo-%Y%m%d-%H%M%S"), Progress(console, "bf16"), corpus)
+    listener = Listeners([Progress(console, "bf16"), RunObserver(whatif=(WHATIF,))])
+    session = Session.start(config, time.strftime("runs/demo-%Y%m%d-%H%M%S"), listener, corpus)
     model = GPT(session.shape, generator=torch.Generator().manual_seed(config.train.seed)).to(session.device)
     plain = plain_loop(config, session.batches.batch_at, model, session.device)
     plain_losses, plain_seconds, losses, seconds = [], [], [], []
@@ -244,6 +253,39 @@ def _recipes(session: Session, console: Console) -> None:
         for policy in RECIPES
     )
     console.print(f"recipes: cosine of a batch's whole gradient with float32's, at the trained weights\n  {cosines}")
+
+
+def _sites(session: Session, console: Console) -> None:
+    """What the sites of the run lost, and what they would have lost in another format at the same tensors."""
+    from mezzo.observe.incidents import read
+
+    samples = session.run.records("sites.jsonl")
+    last = samples[-1]
+
+    def worst(sites: dict[str, Any]) -> str:
+        known = {site: one["sqnr"] for site, one in sites.items() if one["sqnr"] is not None}
+        site = min(known, key=lambda site: known[site])
+        return f"{known[site]:.1f} dB at {site}"
+
+    incidents, _ = read(session.run.path)
+    console.print(
+        f"sites: {len(last['sites'])} measured in {len(samples)} steps. Least signal-to-noise in step {last['step']}: "
+        f"{worst(last['sites'])} in bf16; under {WHATIF} it would be {worst(last['whatif'][WHATIF])}; "
+        f"incidents: {len(incidents)}"
+    )
+
+
+def _page(run: Path) -> str:
+    """Write the run's page; where it is, or why there is none."""
+    from mezzo.errors import MissingExtraError
+    from mezzo.report.data import read_runs
+    from mezzo.report.page import render, write
+
+    try:
+        write(render(read_runs([run])), run / "report.html")
+    except MissingExtraError as error:
+        return str(error)
+    return str(run / "report.html")
 
 
 def _parity(console: Console) -> None:

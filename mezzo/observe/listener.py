@@ -79,6 +79,8 @@ class RunObserver:
     incidents  the most that are kept; 0: none
     """
 
+    watches = False  # a step that was not finite is run again
+
     def __init__(self, every: int = EVERY, whatif: Iterable[str] = (), incidents: int = MOST) -> None:
         self.every, self.whatif, self.most = every, tuple(whatif), incidents
         self.observer: Observer | None = None
@@ -95,7 +97,7 @@ class RunObserver:
             self.precision.attach(self)
             self._starts = {self.precision.steps + 1: Start.of(self.precision)}
         if self.every:
-            self.observer = Observer(self.precision, self.every, self.whatif)
+            self.observer = Observer(self.precision, self.every, self.whatif, watches=False)
 
     def started(self, info: Record) -> None:
         pass

@@ -97,12 +97,13 @@ class Observer:
         precision: Precision,
         every: int = EVERY,
         whatif: Iterable[str | Policy] = (),
+        watches: bool = True,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ConfigError(f"every is a number of steps from 1 on, got {every!r}")
         if isinstance(whatif, str):
             whatif = (whatif,)
-        self.precision, self.every = precision, every
+        self.precision, self.every, self.watches = precision, every, watches
         self.whatif = [Policy.of(policy) for policy in whatif]
         Collector(precision, self.whatif)  # a rule that matches nothing is an error now
         self._samples: dict[int, Pending | Sample] = {}

@@ -232,11 +232,16 @@ class Precision:
 
     @property
     def _always_watches(self) -> bool:
-        """Where overflow is expected or somebody observes, every step is watched; else the one after a skipped one."""
-        return bool(self.optimizers) and (self.policy.loss_scaling is not None or bool(self.hooks.observers))
+        """Where overflow is expected or somebody asks for it, every step is watched; else the one after a skipped one.
+
+        Where nothing is rounded, watching would take torch's own operations away, and costs too much.
+        """
+        asked = any(observer.watches for observer in self.hooks.observers)
+        rounds = any(rule.fmt.name not in ("float32", "float64") for rule in self.policy.all_rules())
+        return bool(self.optimizers) and (self.policy.loss_scaling is not None or (asked and rounds))
 
     def attach(self, observer: StepObserver) -> None:
-        """Tell `observer` of every step; meanwhile every step is watched for nonfinite results."""
+        """Tell `observer` of every step."""
         self.hooks.observers.append(observer)
         self.hooks.watching = self._always_watches
 

@@ -49,7 +49,12 @@ OUTPUTS = ("fprop.out", "dgrad.out", "wgrad.out", "dgrad.query", "dgrad.key", "d
 
 
 class StepObserver(Protocol):
-    """Who is told of every optimizer step, between two of which nothing else may change the training."""
+    """Who is told of every optimizer step.
+
+    watches   whether each product's result is to be checked in every step, so that a skipped step names the site
+    """
+
+    watches: bool
 
     def updating(self, parameters: list[Tensor]) -> None:
         """The gradients are there, the update comes next."""
