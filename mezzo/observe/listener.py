@@ -18,7 +18,7 @@ from mezzo.policy import Policy
 from mezzo.policy.sample import Measured, Sample, ranked
 from mezzo.policy.site import Site
 from mezzo.torch import Observer, Precision, Step
-from mezzo.torch.observe import EVERY, Collector
+from mezzo.torch.observer import EVERY, Collector
 from mezzo.torch.switch import undisturbed
 
 Record = dict[str, Any]

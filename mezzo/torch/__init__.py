@@ -2,7 +2,7 @@
 
 from mezzo.torch.cpu16 import FastCpu, fast_cpu
 from mezzo.torch.hadamard import hadamard
-from mezzo.torch.observe import Observer, observe, what_if
+from mezzo.torch.observer import Observer, observe, what_if
 from mezzo.torch.phases import Phases
 from mezzo.torch.precision import Precision
 from mezzo.torch.prune import Pruner

@@ -49,7 +49,7 @@ def take(x: Tensor, y: Tensor, fmt: AnyFormat, axis: int = -1, scale: Tensor | N
     scale   the one that was given; None: `fmt` takes its scales from the tensor itself
     """
     x, y = x.detach(), y.detach()
-    sums, histogram = _elements(x, y, _limit(fmt, scale))
+    sums, histogram = elements(x, y, _limit(fmt, scale))
     if not isinstance(fmt, ScaledFormat) or not x.numel():
         return Taken(sums, histogram, None)
     clips = scale is None and fmt.scaling in ("floor", "nvfp4")
@@ -100,7 +100,8 @@ def _compiled(x: Tensor, y: Tensor) -> helper.Helper | None:
     return helper.load() if fits else None
 
 
-def _elements(x: Tensor, y: Tensor, limit: float | Tensor) -> tuple[Tensor, Tensor]:
+def elements(x: Tensor, y: Tensor, limit: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Sums and histogram of `Taken`; from `limit` on a magnitude has overflowed."""
     compiled = _compiled(x, y)
     if compiled is not None:
         if x.stride() != y.stride() or not dense(x):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mezzo.policy.site import ROOT
+from mezzo.torch.measure import elements
 from mezzo.torch.quantize import quantize
 from mezzo.torch.rounding import CARRIERS
 
@@ -39,13 +41,13 @@ class Updates:
             name = self.precision.names.get(id(p))
             if name is None or gradient is None:
                 continue
-            moved = (p.float() - before.float()).norm(dtype=torch.float64)
-            size = before.float().norm(dtype=torch.float64)
+            sums, _ = elements(before, p.detach(), math.inf)
+            size, moved = sums[6].sqrt(), sums[7].sqrt()
             changed = p != before
             now = self._remainder(p)
             kept = changed if now is None or remainder is None else changed | (now != remainder)
             asked = gradient != 0
-            lost = _share((asked & ~kept).sum(), asked.sum())
+            lost = _share((asked > kept).count_nonzero(), asked.count_nonzero())  # asked and not kept
             unseen, rounded = self._unseen(name, p, before, changed)
             ratio = torch.where(size > 0, moved / size, moved * torch.inf).nan_to_num(0.0)
             found[name] = torch.stack([ratio, lost, unseen, (~skipped).double()]), rounded
@@ -60,7 +62,7 @@ class Updates:
         if p.dim() < 2 or not narrow or spec.hadamard or isinstance(self._module(path), torch.nn.Embedding):
             return torch.zeros((), dtype=torch.float64, device=p.device), False
         then, now = (quantize(w.float(), spec.fmt) for w in (before, p.detach()))
-        return _share((changed & (then == now)).sum(), changed.sum()), True
+        return _share((changed & (then == now)).count_nonzero(), changed.count_nonzero()), True
 
     def _module(self, path: str) -> torch.nn.Module:
         model = self.precision.model

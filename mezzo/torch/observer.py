@@ -10,6 +10,7 @@ not one bit; between two samples nothing is done at all.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mezzo.errors import ConfigError
+from mezzo.formats.measure import has_blocks
 from mezzo.policy import Policy, Site
 from mezzo.policy.sample import Sample
 from mezzo.policy.site import ROOT
@@ -47,7 +49,7 @@ class Collector:
         self.precision = precision
         self.supposed = {str(policy): Suppose(precision, policy, loss_scale) for policy in whatif}
         self.pending = Pending(str(precision.policy), [*self.supposed])
-        self._last: tuple[weakref.ref[Tensor], Any, Taken] | None = None
+        self._recent: deque[tuple[weakref.ref[Tensor], Any, Taken]] = deque(maxlen=2)
 
     def __call__(self, event: SiteEvent) -> None:
         site = event.site
@@ -66,14 +68,17 @@ class Collector:
             self.pending.logits[path] = largest if known is None else torch.maximum(known, largest)
 
     def _take(self, event: SiteEvent) -> Taken:
-        """Two products that share a rounding, one after the other, share its measure."""
-        how = (event.spec.fmt, event.axis, event.scale is None, event.after.data_ptr())
-        if self._last is not None and self._last[0]() is event.before and self._last[1] == how:
-            return self._last[2]
+        """Two products that round one tensor in one way, one soon after the other, share its measure."""
+        axis = event.axis if has_blocks(event.spec.fmt) else None
+        how = (event.spec, event.site.role in OUTPUTS, axis) if event.scale is None else object()
+        if event.spec.rounding != "stochastic":
+            for before, same, taken in self._recent:
+                if before() is event.before and same == how:
+                    return taken
         taken = take(event.before, event.after, event.spec.fmt, event.axis, event.scale)
         if event.site.role in OUTPUTS and event.before.dtype in NARROW:
             taken = taken.unknown()  # the kernel rounded its result itself: there is nothing to compare with
-        self._last = weakref.ref(event.before), how, taken
+        self._recent.append((weakref.ref(event.before), how, taken))
         return taken
 
 
