@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+
+import mezzo
 
 FRAMEWORKS = ("torch", "jax", "tensorflow", "keras")
 
@@ -15,9 +19,34 @@ def loaded(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["mezzo", "mezzo.policy", "mezzo.formats", "mezzo.hardware", "mezzo.errors"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "mezzo",
+        "mezzo.policy",
+        "mezzo.formats",
+        "mezzo.hardware",
+        "mezzo.errors",
+        "mezzo.storage",
+        "mezzo.observe.incidents",
+        "mezzo.observe.whatif",
+        "mezzo.report.data",
+        "mezzo.report.page",
+    ],
+)
 def test_importing_a_lower_layer_pulls_in_no_framework(module):
     assert loaded(f"import {module}") == set()
+
+
+def test_every_file_that_is_no_python_is_part_of_a_wheel():
+    root = Path(mezzo.__file__).parent
+    settings = tomllib.loads((root.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "mezzo"
+    ]
+    shipped = {path for pattern in settings for path in root.glob(pattern)}
+    files = {path for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert files
+    assert files <= shipped
 
 
 def test_that_check_can_fail():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mezzo.errors import RunError
 from mezzo.observe.incidents import LISTED_STEPS, MOST, Incident, Incidents, Watch
 from mezzo.policy import Policy
 from mezzo.policy.sample import Measured, Sample, ranked
@@ -43,6 +44,8 @@ class Training(Protocol):
     def precision(self) -> Precision: ...
     @property
     def run(self) -> Run: ...
+    @property
+    def message(self) -> Callable[[str], None]: ...
     @property
     def losses(self) -> Callable[[int], Sequence[Callable[[], Tensor]]]: ...
 
@@ -86,6 +89,7 @@ class RunObserver:
         self.observer: Observer | None = None
         self._starts: dict[int, Start] = {}
         self._open: Incident | None = None  # a run of skipped steps
+        self._new: list[Incident] = []  # of the step whose record is being made
 
     # --- the listener ---
 
@@ -109,7 +113,8 @@ class RunObserver:
         """
         sample = None if self.observer is None else self.observer.of(record["step"])
         if sample is not None:
-            self.training.run.append(sample.to_dict(), LOG)
+            with self._going_on():
+                self.training.run.append(sample.to_dict(), LOG)
         if not self.most:
             return
         before = self.watch.bad
@@ -119,12 +124,19 @@ class RunObserver:
         if self.watch.bad and before and self._open is not None:
             if len(self._open.steps) < LISTED_STEPS:
                 self._open.steps.append(record["step"])
-                self.store.keep(self._open)
+                with self._going_on():
+                    self.store.keep(self._open)
         elif not self.watch.bad:
             self._open = None
 
     def record(self, record: Record) -> None:
-        pass
+        """The record is complete: incidents of this step learn its phase."""
+        for incident in self._new:
+            incident.phase = record.get("phase")
+            if incident.phase is not None:
+                with self._going_on():
+                    self.store.keep(incident)
+        self._new = []
 
     def message(self, text: str) -> None:
         pass
@@ -154,12 +166,16 @@ class RunObserver:
         for old in [*self._starts][:-3]:
             del self._starts[old]
 
+    def switched(self) -> None:
+        """The next step begins under another policy, with other scales."""
+        self._starts[self.precision.steps + 1] = Start.of(self.precision)
+
     # --- incidents ---
 
     def _keep(self, kind: str, what: str, record: Record) -> None:
         step = record["step"]
         incident = Incident(
-            step, kind, what, record.get("site"), steps=[step], phase=record.get("phase"), loss=record["loss"],
+            step, kind, what, record.get("site"), steps=[step], loss=record["loss"],
             loss_scale=record["loss_scale"], grad_norm=record["grad_norm"],
         )  # fmt: skip
         if kind == "nonfinite":
@@ -169,6 +185,7 @@ class RunObserver:
                 self._name(incident, sample)
                 record["site"] = incident.site
         self._write(incident, step)
+        self._new.append(incident)
 
     def _name(self, incident: Incident, sample: Sample) -> None:
         """Put what the step showed when it was run again into the incident."""
@@ -193,7 +210,16 @@ class RunObserver:
             incident.batch = {"step": step, "accumulate": len(self.training.losses(step))}
             delayed = dict(zip(scales.rows, start.delayed.tolist(), strict=False))
             incident.scales = {"loss_scale": float(start.loss_scale), "delayed": delayed}
-        self.store.keep(incident, rng)
+        with self._going_on():
+            self.store.keep(incident, rng)
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """What cannot be written, such as on a full disk, is told of and ends no training."""
+        try:
+            yield
+        except RunError as error:
+            self.training.message(f"NOT WRITTEN: {error}")
 
     def _again(self, step: int) -> Sample | None:
         """Run a step's forward and backward passes once more, uncompiled and measured; nothing of the training changes.
@@ -208,13 +234,17 @@ class RunObserver:
             collector = Collector(precision)
             precision.hooks.taps.append(collector)
             losses = self.training.losses(step)
-            for loss in losses:
-                precision.backward(loss() / len(losses))
-            return collector.pending.read(step)
+            try:
+                for loss in losses:
+                    precision.backward(loss() / len(losses))
+                return collector.pending.read(step)
+            except Exception as error:  # such as too little memory: it must not end the training
+                self.training.message(f"step {step:,} could not be run again to find the site: {error}")
+                return None
 
 
 @contextmanager
-def _as_at(precision: Precision, start: Start) -> Any:
+def _as_at(precision: Precision, start: Start) -> Iterator[None]:
     """Scales and random state as they were at the beginning of a step; in `undisturbed`, which restores the others."""
     scales = precision.scales
     state, wanted = scales.loss.state, scales.wanted

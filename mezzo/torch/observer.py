@@ -155,6 +155,10 @@ class Observer:
                 del self._samples[old]
         self._begin()
 
+    def switched(self) -> None:
+        self._end()
+        self._begin()
+
     def of(self, step: int) -> Sample | None:
         """The sample of a step, if it was sampled and is one of the last; waits for the device."""
         found = self._samples.get(step)

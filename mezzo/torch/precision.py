@@ -284,6 +284,8 @@ class Precision:
         self.scales.switch(policy.loss_scaling, loss_scale)
         self.policy, self.mode.table, self.bad_run = policy, table, 0
         self.hooks.watching = self._always_watches
+        for observer in self.hooks.observers:
+            observer.switched()
 
     def prepare(self, policy: str | Policy) -> None:
         """Make the table of a policy that `switch` will ask for.

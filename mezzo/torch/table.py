@@ -62,6 +62,9 @@ class StepObserver(Protocol):
     def stepped(self, step: Step) -> None:
         """The step is done."""
 
+    def switched(self) -> None:
+        """The next step runs under another policy."""
+
 
 @dataclass
 class Hooks:

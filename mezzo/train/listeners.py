@@ -20,11 +20,13 @@ Record = dict[str, Any]
 class Training:
     """What trains, for listeners that measure.
 
+    message  tells people something
     losses   step (1 is the first) → for each of its micro-batches a function that runs the uncompiled model on it
     """
 
     precision: Precision
     run: RunDir
+    message: Callable[[str], None]
     losses: Callable[[int], Sequence[Callable[[], Tensor]]]
 
 

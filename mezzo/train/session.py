@@ -238,7 +238,7 @@ class Session:
             due=self._due,
             stop=lambda: self._stopping,
         )
-        self.listener.attached(Training(self.precision, self.run, self._losses))
+        self.listener.attached(Training(self.precision, self.run, self.listener.message, self._losses))
         self.listener.started(self.info())
         outcome = "failed"
         try:

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from faults import config
 
-from mezzo.errors import MezzoError
+from mezzo.errors import MezzoError, RunError
 from mezzo.observe.incidents import Incident, Incidents, Watch, read
 from mezzo.observe.listener import RunObserver
+from mezzo.storage import JsonLines
+from mezzo.train.listeners import Listener, Listeners
 from mezzo.train.rundir import RunDir
 from mezzo.train.session import Session
 from mezzo.train.stored import read_config
@@ -142,3 +144,70 @@ def test_samples_of_a_run_that_goes_on_are_those_of_one_that_never_stopped(folde
     assert logs[0] == logs[1]
     assert [sample["step"] for sample in logs[0]] == [1, 2, 4, 6]
     assert logs[0][0]["whatif"]["nvfp4"].keys() == logs[0][0]["sites"].keys()
+
+
+def test_a_full_disk_is_told_of_and_ends_no_training(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    said: list[str] = []
+
+    class Says(Listener):
+        def message(self, text: str) -> None:
+            said.append(text)
+
+    def full(self: Any, record: Any) -> None:
+        if self.path.name == "sites.jsonl":
+            raise RunError("cannot append to sites.jsonl: No space left on device")
+        append(self, record)
+
+    append = JsonLines.append
+    monkeypatch.setattr(JsonLines, "append", full)
+    listener = Listeners([Says(), RunObserver(every=1)])
+    session = Session.start(config(folder, "fp16", "train.steps=3"), tmp_path / "run", listener)
+    (tmp_path / "run" / "incidents").write_text("in the way")
+    session.model.blocks[0].mlp.up.weight.data[0, 0] = math.inf
+    steps = session.train()
+    next(steps)
+    assert sum("NOT WRITTEN: cannot append to sites.jsonl: No space" in text for text in said) == 1
+    assert sum("NOT WRITTEN: cannot write the incident" in text for text in said) == 1
+    steps.close()
+
+
+def test_a_step_that_cannot_be_run_again_is_told_of_and_ends_no_training(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Says(Listener):
+        def message(self, text: str) -> None:
+            said.append(text)
+
+    listener = Listeners([Says(), RunObserver()])
+    session = Session.start(config(folder, "fp16", "train.steps=3"), tmp_path / "run", listener)
+    calls = []
+
+    def spoil(module: Any, args: Any, out: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 2:
+            raise MemoryError("no more")
+        return out * math.nan
+
+    session.model.blocks[0].register_forward_hook(spoil)
+    record = next(session.train())
+    assert record["skipped"]
+    assert any("could not be run again to find the site: no more" in text for text in said)
+    assert read(tmp_path / "run")[0][0]["site"] == record["site"]
+
+
+def test_samples_and_incidents_of_phases_are_those_of_their_policy(folder: Path, tmp_path: Path) -> None:
+    """The policy changes between two steps: what begins then runs, is sampled and is run again under the new one."""
+    phases = 'phase=[{until=2}, {policy="fp16"}]'
+    session = Session.start(config(folder, "fp8", phases), tmp_path / "run", RunObserver(every=3))
+    for one in session.train():
+        if one["step"] == 3:
+            session.model.blocks[1].mlp.up.weight.data[0, 0] = math.inf
+        if one["step"] == 4:
+            break
+    samples = session.run.records("sites.jsonl")
+    assert [(sample["step"], sample["policy"]) for sample in samples] == [(1, "fp8"), (3, "fp16")]
+    assert samples[1]["sites"]["blocks.0.mlp.up:fprop.a"]["format"] == "float16"
+    ((incident,), _) = read(tmp_path / "run")
+    assert (incident["step"], incident["policy"], incident["phase"]) == (4, "fp16", 2)
+    assert incident["sites"]["blocks.1.mlp.up:fprop.b"]["format"] == "float16"
+    assert incident["loss_scale"] == 65536
