@@ -99,10 +99,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 class JsonLines:
-    """A log of records, one JSON object a line, each with an integer "step"; whoever appends is the only one."""
+    """A log of records, one JSON object a line, each with an integer "step"; whoever appends is the only one.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    limit   bytes: a file that has grown beyond loses every second record; the first and the last stay
+    """
+
+    def __init__(self, path: Path, limit: int | None = None) -> None:
+        self.path, self.limit = path, limit
         self._file: int | None = None
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -126,6 +129,8 @@ class JsonLines:
             except BaseException:
                 os.ftruncate(self._file, end)
                 raise
+            if self.limit is not None and end + len(line) > self.limit:
+                self._thin()
         except OSError as error:
             raise RunError(f"cannot append to {self.path}: {error.strerror or error}") from error
 
@@ -175,6 +180,14 @@ class JsonLines:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+    def _thin(self) -> None:
+        self.close()
+        with open(self.path, "rb") as file:
+            lines = file.readlines()
+        last = len(lines) - 1
+        kept = [line for at, line in enumerate(lines) if at == 0 or (last - at) % 2 == 0]
+        write_atomically(self.path, b"".join(kept))
 
     def _mend(self) -> None:
         """Cut a last line that a crash tore off, so that the next record does not grow onto it."""

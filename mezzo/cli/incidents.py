@@ -37,8 +37,7 @@ def incidents(run: str, as_json: bool) -> None:
     for name in broken:
         console.print(f"cannot be read: {name}")
     for one in found:
-        steps = one.get("steps", [one["step"]])
-        until = f" to {steps[-1]:,}" if steps[-1] != one["step"] else ""
+        until = f" to {one['last']:,}" if "last" in one else ""
         console.print(f"step {one['step']:,}{until}  {one['kind']}  {one.get('what', '')}")
         details = [f"policy {one['policy']}"] if "policy" in one else []
         details += [f"phase {one['phase']}"] if one.get("phase") else []

@@ -175,6 +175,7 @@ def _print(found: Answer, checkpoint: Checkpoint, batches: int, rows: int | None
     from rich.table import Table
 
     from mezzo.cli.formats import table_console
+    from mezzo.observe.whatif import lossy
 
     console = table_console()
     console.print(
@@ -195,5 +196,5 @@ def _print(found: Answer, checkpoint: Checkpoint, batches: int, rows: int | None
         console.print(f"and {len(found.sites) - rows} more that lose less (--all)", style="dim")
     if found.rules:
         console.print(f"\nto spare the worst:\n  --policy {json.dumps(found.spared)}", soft_wrap=True)
-    elif not any(one.spec.fmt.bits < 16 for _, one in found.sites):
-        console.print("\nno site has a format below 16 bits under it: nothing to spare")
+    elif not any(lossy(one) for _, one in found.sites):
+        console.print("\nno site overflows or has a format below 16 bits under it: nothing to spare")

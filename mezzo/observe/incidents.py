@@ -40,7 +40,7 @@ SPIKE_SHARE = 0.1  # and at least so much of the median
 class Incident:
     """One thing that went wrong.
 
-    step    the first it happened in; steps has all of a run of skipped steps, at most LISTED_STEPS
+    step    the first it happened in, last the last; steps has all of a run of skipped steps, at most LISTED_STEPS
     what    a line for people
     site    PATH:ROLE where a value first was not finite, or what else is known; rule would spare it
     rng     seed and draws: the key of stochastic rounding in that step. torch's state is in the file beside
@@ -55,6 +55,7 @@ class Incident:
     site: str | None = None
     rule: str | None = None
     steps: list[int] = field(default_factory=list)
+    last: int | None = None
     time: float = 0.0
     policy: str = ""
     phase: int | None = None
@@ -81,6 +82,12 @@ class Watch:
         self._bad = self._spiked = False
         for record in before:
             self.note(record)
+            self.passed(record)
+
+    def passed(self, record: Record) -> None:
+        """The record is complete: after a change of phase the loss scale may be another."""
+        if "entered" in record:
+            self._scales.clear()
 
     def note(self, record: Record) -> list[tuple[str, str]]:
         """(kind, what a person should read) of what begins in this step; a run of skipped steps begins once."""
@@ -104,6 +111,9 @@ class Watch:
 
     def _collapse(self, record: Record) -> tuple[str, str] | None:
         scale = float(record["loss_scale"])
+        if scale == 1.0:  # no loss scaling, as after a change of policy
+            self._scales.clear()
+            return None
         top = max(self._scales, default=scale)
         if scale > top / COLLAPSE:
             self._scales.append(scale)
@@ -146,11 +156,16 @@ class Incidents:
             if rng is not None:
                 write_atomically(folder / "rng.safetensors", save({"torch": rng}))
             write_atomically(folder / "incident.json", to_json(body, what="incident", indent=1).encode())
-            kept = sorted(self.path.glob("step-*"))
+            kept = sorted(self.path.glob("step-*"), key=_number)
             for surplus in kept[self.most // 2 : len(kept) - (self.most - self.most // 2)]:
                 shutil.rmtree(surplus)
         except OSError as error:
             raise RunError(f"cannot write the incident {folder}: {error.strerror or error}") from error
+
+
+def _number(folder: Path) -> tuple[int, str]:
+    number = folder.name.split("-")[1]
+    return int(number) if number.isdecimal() else 0, folder.name
 
 
 def read(run: Path) -> tuple[list[dict[str, Any]], list[str]]:

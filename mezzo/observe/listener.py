@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,8 +124,9 @@ class RunObserver:
         if self.watch.bad and before and self._open is not None:
             if len(self._open.steps) < LISTED_STEPS:
                 self._open.steps.append(record["step"])
-                with self._going_on():
-                    self.store.keep(self._open)
+            self._open.last = record["step"]
+            with self._going_on():
+                self.store.keep(self._open)
         elif not self.watch.bad:
             self._open = None
 
@@ -137,6 +138,7 @@ class RunObserver:
                 with self._going_on():
                     self.store.keep(incident)
         self._new = []
+        self.watch.passed(record)
 
     def message(self, text: str) -> None:
         pass
@@ -151,6 +153,9 @@ class RunObserver:
         self._write(Incident(step, "exception", what[:500], steps=[step], traceback=text), step)
 
     def ended(self, outcome: str) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self.observer is not None:
             self.observer.close()
         self.precision.release(self)
@@ -166,7 +171,7 @@ class RunObserver:
         for old in [*self._starts][:-3]:
             del self._starts[old]
 
-    def switched(self) -> None:
+    def restarted(self) -> None:
         """The next step begins under another policy, with other scales."""
         self._starts[self.precision.steps + 1] = Start.of(self.precision)
 
@@ -191,8 +196,10 @@ class RunObserver:
         """Put what the step showed when it was run again into the incident."""
         findings = [one for one in sample.findings if one.kind in ("nonfinite", "overflow")]
         if findings:
-            site, path = findings[0].site, findings[0].site.partition(":")[0].partition("#")[0]
-            incident.site, incident.rule = site, f"'{path}:*=float32'"
+            site = incident.site = findings[0].site
+            fmt = next(one.spec.fmt for at, one in sample.sites.items() if str(at) == site)
+            if fmt.name == "float16":  # where bfloat16 and float32 end, no other format goes on
+                incident.rule = f"{site.partition(':')[0].partition('#')[0]}:*=float32"
             incident.what += f"; first at {site}: {findings[0].text}"
         named = {one.site for one in findings[:WORST]}
         kept: dict[Site, Measured] = {site: one for site, one in sample.sites.items() if str(site) in named}
@@ -206,10 +213,11 @@ class RunObserver:
         if start is not None:
             scales, rng = self.precision.scales, start.rng.numpy()
             incident.policy = str(start.policy)
-            incident.rng = {"seed": scales.seed, "draws": int(start.draws)}
             incident.batch = {"step": step, "accumulate": len(self.training.losses(step))}
-            delayed = dict(zip(scales.rows, start.delayed.tolist(), strict=False))
-            incident.scales = {"loss_scale": float(start.loss_scale), "delayed": delayed}
+            with suppress(RuntimeError):  # a device that failed tells nothing any more
+                delayed = dict(zip(scales.rows, start.delayed.tolist(), strict=False))
+                incident.rng = {"seed": scales.seed, "draws": int(start.draws)}
+                incident.scales = {"loss_scale": float(start.loss_scale), "delayed": delayed}
         with self._going_on():
             self.store.keep(incident, rng)
 

@@ -54,8 +54,8 @@ def rules(sites: Iterable[tuple[Site, Measured]], count: int) -> tuple[str, ...]
 
 
 def lossy(one: Measured) -> bool:
-    """Whether rounding changes anything that a rule could spare."""
-    return not math.isnan(one.measure.sqnr) and math.isfinite(one.measure.sqnr) and one.spec.fmt.bits < 16
+    """Whether the format loses what a rule could spare: below 16 bits, or by overflow."""
+    return one.overflows or (math.isfinite(one.measure.sqnr) and one.spec.fmt.bits < 16)
 
 
 def _rule(site: Site) -> str:

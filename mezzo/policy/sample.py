@@ -25,6 +25,11 @@ class Measured:
     spec: Spec
     measure: Measure
 
+    @property
+    def overflows(self) -> bool:
+        """Whether finite values became infinite, which no SQNR shows."""
+        return self.measure.overflowed > 0 and isinstance(self.spec.fmt, Format) and self.spec.fmt.infinity
+
     def to_dict(self) -> dict[str, Any]:
         return {"format": str(self.spec)} | self.measure.to_dict()
 
@@ -116,11 +121,13 @@ class Sample:
 
 
 def ranked(sites: dict[Site, Measured]) -> list[tuple[Site, Measured]]:
-    """Worst first: nonfinite or overflowing into infinity, then by SQNR; what cannot be compared comes last."""
+    """Worst first: nonfinite or overflowing into infinity, in the order of computation; then by SQNR; what cannot be
+    compared comes last."""
 
-    def loss(entry: tuple[Site, Measured]) -> tuple[bool, float]:
-        sqnr = entry[1].measure.sqnr
-        return math.isnan(sqnr), sqnr
+    def loss(entry: tuple[Site, Measured]) -> tuple[bool, bool, float]:
+        one = entry[1]
+        sound = not (one.measure.nonfinite or one.overflows)
+        return sound, sound and math.isnan(one.measure.sqnr), one.measure.sqnr if sound else 0.0
 
     return sorted(sites.items(), key=loss)
 
@@ -130,12 +137,12 @@ def _plain(sites: dict[Site, Measured]) -> dict[str, Any]:
 
 
 def _of_site(site: Site, one: Measured) -> list[Finding]:
-    m, fmt = one.measure, one.spec.fmt
+    m = one.measure
     if m.nonfinite:
         text = f"{m.nonfinite:,} of {m.count:,} values are infinite or NaN before they are rounded to {one.spec}"
         return [Finding("nonfinite", str(site), text)]
-    if m.overflowed and isinstance(fmt, Format) and fmt.infinity:
-        text = f"{m.overflowed:,} of {m.count:,} values overflow {one.spec}: {m.amax:.6g} > {fmt.max:g}"
+    if one.overflows:
+        text = f"{m.overflowed:,} of {m.count:,} values overflow {one.spec}, the largest is {m.amax:.6g}"
         return [Finding("overflow", str(site), text)]
     if m.zeros == m.count:
         return [Finding("all_zero", str(site), f"all {m.count:,} values are zero")]

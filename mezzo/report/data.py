@@ -240,8 +240,10 @@ def _stamp(path: Path) -> object:
         found = path.stat()
     except OSError:
         return None
-    inside = sorted(entry.name for entry in path.glob("*/incident.json")) if path.is_dir() else []
-    return found.st_mtime_ns, found.st_size, len(inside)
+    inside: list[tuple[str, object]] = []
+    if path.is_dir():
+        inside = sorted((entry.parent.name, _stamp(entry)) for entry in path.glob("*/incident.json"))
+    return found.st_mtime_ns, found.st_size, inside
 
 
 def _policy_name(policy: Any) -> str | None:

@@ -26,6 +26,7 @@ from mezzo.torch.table import SiteSpec
 
 _OPERANDS = ("query", "key", "value")
 LOGITS = 1 << 20  # of them held at a time where they are measured
+HIDDEN = -1e4  # what is added to logits so that no weight is left: -inf, or a large number as some models take
 _AXES = (-1, -1, -2)  # what the two products sum over: scores over E, the result over S
 # What the two products of explicit attention are called to those who listen.
 _SHOWN_SCORES = {
@@ -64,7 +65,7 @@ def attention(
     returns     (..., heads, T, E) in the carrier of fprop.out
     """
     groups = query.shape[-3] // key.shape[-3] if enable_gqa else 1
-    if not torch.compiler.is_compiling() and spec.hooks.logits:
+    if not torch.compiler.is_compiling() and spec.hooks.logits and spec.scales.training:
         largest = largest_logit(query, _repeat(key, groups), attn_mask, is_causal, scale)
         for listener in spec.hooks.logits:
             listener(spec.path, largest)
@@ -106,9 +107,9 @@ def largest_logit(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causa
         query, key = query.detach().float(), key.detach().float()
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         lead, t, s = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]), query.shape[-2], key.shape[-2]
-        query, key = query.expand(*lead, -1, -1).flatten(0, -3), key.expand(*lead, -1, -1).flatten(0, -3)
+        query, key = (one.expand(*lead, -1, -1).reshape(-1, *one.shape[-2:]) for one in (query, key))
         if attn_mask is not None:
-            attn_mask = attn_mask.detach().expand(*lead, t, s).flatten(0, -3)
+            attn_mask = attn_mask.detach().expand(*lead, t, s).reshape(-1, t, s)
         largest = torch.zeros((), device=query.device)
         if 0 in (*query.shape, *key.shape):
             return largest
@@ -123,7 +124,7 @@ def largest_logit(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causa
                     logits.masked_fill_(later, 0.0)
                 if attn_mask is not None:
                     mask = attn_mask[at]
-                    hidden = ~mask if mask.dtype is torch.bool else mask == -math.inf
+                    hidden = ~mask if mask.dtype is torch.bool else mask <= HIDDEN
                     logits = logits if mask.dtype is torch.bool else logits.add_(mask.float())
                     logits.masked_fill_(hidden, 0.0)
                 largest = torch.maximum(largest, logits.abs_().amax())

@@ -63,7 +63,6 @@ class SiteMode(TorchFunctionMode):
     path       of the module that is running
     kept       None, or where the bytes of each storage kept for the backward pass are noted
     in_product whether a product or attention is running, which keeps its operands by its own roles
-    compiled   whether a compiler has met the model
     calls      how often each (path, kind) ran in this forward pass: the call index
     recording  None, or where operations are noted
     """
@@ -74,7 +73,6 @@ class SiteMode(TorchFunctionMode):
         self.path = ROOT
         self.depth = 0
         self.in_product = False
-        self.compiled = False
         self.kept: dict[int, int] | None = None
         self.calls: dict[tuple[str, str], int] = {}
         self.recording: dict[tuple[str, str], Seen] | None = None
@@ -184,9 +182,7 @@ class Scope:
         mode = self.mode
         recomputing = False
         compiling = torch.compiler.is_compiling()
-        if compiling:
-            mode.compiled = True
-        else:
+        if not compiling:
             recomputing = torch._C._current_graph_task_id() != -1
             _check_surroundings(mode, recomputing)
         mode.depth = 1

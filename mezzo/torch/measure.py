@@ -6,7 +6,7 @@ tap ──► take: sums (8), histogram (256), blocks (6 + 256), as tensors ─�
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from mezzo.torch import helper
 from mezzo.torch.groups import amax_scales, divide
 from mezzo.torch.helper.tensors import dense
 
+PIECE = 1 << 22  # elements that have copies in double at a time
 HELPER_FROM = 2048  # elements: below, torch's own operations are as fast
 
 
@@ -107,6 +108,18 @@ def elements(x: Tensor, y: Tensor, limit: float | Tensor) -> tuple[Tensor, Tenso
         if x.stride() != y.stride() or not dense(x):
             x, y = x.contiguous(), y.contiguous()
         return compiled.measure(x, y, float(limit))
+    pieces = zip(x.reshape(-1).split(PIECE), y.reshape(-1).split(PIECE), strict=True)
+    several = [_piece(before, after, limit) for before, after in pieces]
+    if not several:
+        several = [_piece(x.reshape(-1), y.reshape(-1), limit)]
+    sums = torch.stack([one for one, _ in several])
+    total = sums.sum(0)
+    total[5] = sums[:, 5].amax()
+    return total, torch.stack([one for _, one in several]).sum(0)
+
+
+def _piece(x: Tensor, y: Tensor, limit: float | Tensor) -> tuple[Tensor, Tensor]:
+    """`elements` of at most PIECE of them, in doubles all at once."""
     wide, rounded = x.double(), y.double()
     finite, there = torch.isfinite(wide), torch.isfinite(rounded)
     magnitude = torch.where(finite, wide.abs(), 0.0)
@@ -152,14 +165,32 @@ def _blocks(x: Tensor, y: Tensor, groups: Groups, fmt: ScaledFormat, axis: int) 
         shape = math.prod(outer), -(-height // groups.rows), -(-width // groups.columns)
         found = compiled.measure_blocks(x.contiguous(), y.contiguous(), fmt, axis)
         return _PerBlock(*(one.view(shape) for one in found))
-    # In double throughout, so that squares of small gradients do not vanish.
-    before, after = divide(groups, x.double()), divide(groups, y.double())
-    return _PerBlock(
-        before.abs().amax((2, 4)).to(x.dtype if x.dtype is torch.float64 else torch.float32),
-        before.square().sum((2, 4)),
-        (before - after).square().sum((2, 4)),
-        ((before != 0) & (after == 0)).any(4).any(2),
-    )
+    rows = [
+        _PerBlock(
+            before.abs().amax((1, 3)).to(x.dtype if x.dtype is torch.float64 else torch.float32),
+            before.square().sum((1, 3)),
+            (before - after).square().sum((1, 3)),
+            ((before != 0) & (after == 0)).any(3).any(1),
+        )
+        for before, after in _rows(divide(groups, x), divide(groups, y))
+    ]
+    count = math.prod(groups.moved[:-2])
+    return _PerBlock(*(torch.cat(column).unflatten(0, (count, -1)) for column in zip(*rows, strict=True)))
+
+
+def _rows(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(R, r, C, c) of each in double, so that squares of small gradients do not vanish; about PIECE elements at a time.
+
+    x, y   (outer, R, r, C, c)
+    """
+    step = _step(x)
+    for before, after in zip(x.flatten(0, 1).split(step), y.flatten(0, 1).split(step), strict=True):
+        yield before.double(), after.double()
+
+
+def _step(x: Tensor) -> int:
+    """How many rows of blocks hold about PIECE elements."""
+    return max(1, PIECE // max(1, math.prod(x.shape[2:])))
 
 
 def _clipped(x: Tensor, y: Tensor, groups: Groups, amax: Tensor, fmt: ScaledFormat) -> Tensor | int:
@@ -170,8 +201,13 @@ def _clipped(x: Tensor, y: Tensor, groups: Groups, amax: Tensor, fmt: ScaledForm
     # Under a scale that rounded to zero nothing overflows: everything underflows.
     limit = bound(fmt.element) * torch.where(torch.isfinite(scales) & (scales > 0), scales, math.inf)
     if x.device.type != "cpu":
-        before, after = divide(groups, x), divide(groups, y)
-        return (torch.isfinite(before) & torch.isfinite(after) & (before.abs().double() > limit)).sum()
+        divided = divide(groups, x)
+        rows, limits = _rows(divided, divide(groups, y)), limit.flatten(0, 1).split(_step(divided))
+        counts = [
+            (torch.isfinite(before) & torch.isfinite(after) & (before.abs() > most)).sum()
+            for (before, after), most in zip(rows, limits, strict=True)
+        ]
+        return torch.stack(counts).sum()
     above = amax.double() > limit[:, :, 0, :, 0]  # never where amax is not finite: the limit is infinite there
     if not bool(above.any()):
         return 0

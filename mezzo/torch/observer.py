@@ -4,7 +4,7 @@
     step()   ──► decides whether the next step is sampled
 
 A sampled step runs uncompiled, since compiled code tells of no rounding. In eager mode nothing of the training changes,
-not one bit; between two samples nothing is done at all.
+not one bit. Between two samples nothing is measured; with `watches`, results of products are still checked.
 """
 
 from __future__ import annotations
@@ -37,6 +37,25 @@ EVERY = 50  # steps between two samples
 KEPT = 4  # samples that can still be asked for
 
 
+class _Uncompiled:
+    """Compiled code runs uncompiled while anybody samples: the compiler's stance is one for the whole process."""
+
+    count = 0
+    stance: Any = None
+
+    @classmethod
+    def begin(cls) -> None:
+        if not cls.count:
+            cls.stance = torch.compiler.set_stance("force_eager")
+        cls.count += 1
+
+    @classmethod
+    def end(cls) -> None:
+        cls.count -= 1
+        if not cls.count:
+            cls.stance.__exit__(None, None, None)
+
+
 class Collector:
     """A tap that measures every rounding of a training step, and what other policies would lose there.
 
@@ -63,7 +82,7 @@ class Collector:
 
     def logits(self, path: str, largest: Tensor) -> None:
         """The largest magnitude of an attention's logits."""
-        if self.precision.scales.training and not _recomputing(self.precision):
+        if not _recomputing(self.precision):
             known = self.pending.logits.get(path)
             self.pending.logits[path] = largest if known is None else torch.maximum(known, largest)
 
@@ -91,11 +110,16 @@ def _counts(precision: Precision, site: Site, x: Tensor) -> bool:
     """Whether a rounding belongs to a training step, for the first time."""
     if not x.numel() or (site.role in ("fprop.b", "wgrad.out") and x.dim() == 1):
         return False  # a bias, which goes with its weight
+    if precision.mode.depth == 0:
+        return True  # in a backward pass; whatever ran forward since the loss was made
     return precision.scales.training and not _recomputing(precision)
 
 
 class Observer:
-    """Every `every` steps, and in the first one, what each site lost; `mezzo.torch.observe` makes one."""
+    """Every `every` steps, and in the first one, what each site lost; `mezzo.torch.observe` makes one.
+
+    watches   whether every step is checked for nonfinite results, so that a skipped one names its site
+    """
 
     def __init__(
         self,
@@ -155,7 +179,7 @@ class Observer:
                 del self._samples[old]
         self._begin()
 
-    def switched(self) -> None:
+    def restarted(self) -> None:
         self._end()
         self._begin()
 
@@ -176,10 +200,8 @@ class Observer:
             self._collector = Collector(self.precision, self.whatif)
             self.precision.hooks.taps.append(self._collector)
             self.precision.hooks.logits.append(self._collector.logits)
-            if self.precision.mode.compiled:
-                self._eager = weakref.finalize(
-                    self, torch.compiler.set_stance("force_eager").__exit__, None, None, None
-                )
+            _Uncompiled.begin()
+            self._eager = weakref.finalize(self, _Uncompiled.end)
 
     def _end(self) -> None:
         collector, self._collector, self._updates = self._collector, None, None
@@ -205,12 +227,11 @@ def observe(
     model       under a Precision, or that Precision
     every       steps between two samples; the first step is always sampled
     whatif      further policies: what would each lose at the same tensors?
-    returns     Observer; its close() ends it
+    returns     Observer; close() it after the last step: until then a step that is due is waited for, and compiled
+                code of the whole process runs uncompiled meanwhile
     raises      ConfigError if the model is under no Precision, or a policy cannot be carried out on it
     """
-    precision = _found(model)
-    precision.mode.compiled |= hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
-    return Observer(precision, every, whatif)
+    return Observer(_found(model), every, whatif)
 
 
 def what_if(

@@ -117,7 +117,7 @@ class Phases:
             elif not self.position.memory:
                 raise ConfigError(
                     f"phase {self.number}: no rounding at {sites} was seen in its step. Compiled code tells of none; a "
-                    "tensor rounded once for two products is told once, so write input, weight or grad_output"
+                    "convolution rounds a tensor once for two products: write input, weight or grad_output"
                 )
         calibration = self._calibration
         if calibration is not None and not calibration.told:

@@ -163,10 +163,12 @@ class Precision:
                          tuple(self.hooks.nonfinite), tuple(zip(names, each, strict=True)),
                          sparsity=None if self.pruner is None else self.pruner.sparsity)  # fmt: skip
         self.hooks.nonfinite = []
-        if self.device.type == "cpu":
-            self._finish_last()  # nothing to wait for
-        for observer in self.hooks.observers:
-            observer.stepped(self.last)
+        try:
+            if self.device.type == "cpu":
+                self._finish_last()  # nothing to wait for
+        finally:
+            for observer in self.hooks.observers:
+                observer.stepped(self.last)
         return self.last
 
     def _update(self, divisor: Tensor, overflow: Tensor) -> None:
@@ -285,7 +287,7 @@ class Precision:
         self.policy, self.mode.table, self.bad_run = policy, table, 0
         self.hooks.watching = self._always_watches
         for observer in self.hooks.observers:
-            observer.switched()
+            observer.restarted()
 
     def prepare(self, policy: str | Policy) -> None:
         """Make the table of a policy that `switch` will ask for.
@@ -400,9 +402,13 @@ class Precision:
         if self.pruner is not None:
             self.pruner.load_state_dict(state, int(state["steps"] - state["skipped"]))
         self._keep_buffers()
+        for observer in self.hooks.observers:
+            observer.restarted()
 
     def remove(self) -> None:
         """Give the model its own forward back, and the optimizers their moments; weights stay as they are."""
+        for observer in [*self.hooks.observers]:
+            observer.close()
         detach(self.model)
         self.compact.release()
         self._on_load.remove()

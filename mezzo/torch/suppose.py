@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mezzo.errors import ConfigError
 from mezzo.formats import BFLOAT16, FLOAT16, FLOAT32, AnyFormat, ScaledFormat
 from mezzo.policy import Policy, Spec
 from mezzo.policy.policy import find
@@ -39,11 +40,18 @@ class Suppose:
         paths = [path or ROOT for path, _ in precision.model.named_modules()]
         policy.check_paths(paths)
         self.rules = policy.rules_for(paths)
+        if any(rule.by_call for rule in self.rules) and not precision.mode.table.by_call:
+            raise ConfigError(
+                f"{policy}: the model runs under {precision.policy}, which tells no calls apart (path#1), so what a "
+                "rule for one call would lose is not known; drop that rule, or run under a policy with such rules"
+            )
         same = policy.loss_scaling == precision.policy.loss_scaling
         self.scale: float | None = 1.0  # None: as it is
         if policy.loss_scaling is not None:
             first = None if same else float(initial(policy.loss_scaling).scale)
             self.scale = first if loss_scale is None else loss_scale
+        elif same:
+            self.scale = None
 
     def __call__(self, event: SiteEvent) -> tuple[Spec, Taken] | None:
         """The spec that the site would have, and the measures; None if it would keep nothing."""

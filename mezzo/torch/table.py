@@ -62,8 +62,11 @@ class StepObserver(Protocol):
     def stepped(self, step: Step) -> None:
         """The step is done."""
 
-    def switched(self) -> None:
-        """The next step runs under another policy."""
+    def restarted(self) -> None:
+        """The next step is another than it was to be: under another policy, or from a state that was loaded."""
+
+    def close(self) -> None:
+        """The Precision goes away."""
 
 
 @dataclass

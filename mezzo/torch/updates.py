@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,10 @@ class Updates:
     @torch.no_grad()
     def __init__(self, precision: Precision, parameters: list[Tensor]) -> None:
         self.precision = precision
-        self.before = [(p, p.detach().clone(), p.grad, self._remainder(p)) for p in parameters]
+        groups = [group for optimizer in precision.optimizers for group in optimizer.param_groups]
+        still = {id(p) for group in groups if _is_zero(group.get("lr")) for p in group["params"]}
+        moving = [p for p in parameters if id(p) not in still]  # a warmup may begin at zero
+        self.before = [(p, p.detach().clone(), p.grad, self._remainder(p)) for p in moving]
 
     def _remainder(self, p: Tensor) -> Tensor | None:
         """What a low weight cannot hold and is kept beside it."""
@@ -67,6 +70,10 @@ class Updates:
     def _module(self, path: str) -> torch.nn.Module:
         model = self.precision.model
         return model if path == ROOT else model.get_submodule(path)
+
+
+def _is_zero(rate: Any) -> bool:
+    return not isinstance(rate, Tensor) and rate == 0  # a tensor would be waited for
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

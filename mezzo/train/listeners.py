@@ -146,4 +146,5 @@ class TensorBoard(Listener):
                 self.writer.add_scalar(key, float(value), step)
 
     def ended(self, outcome: str) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()

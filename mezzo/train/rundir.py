@@ -28,6 +28,7 @@ from mezzo.errors import RunError
 from mezzo.storage import JsonLines, fsync_folder, write_atomically
 
 STEPS, SITES = "steps.jsonl", "sites.jsonl"
+SITES_LIMIT = 64 << 20  # bytes: beyond, every second sample is dropped
 _OWN_NAMES = {
     "policy.toml",
     "tokenizer.json",
@@ -51,7 +52,7 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.saving = threading.Lock()  # held during a save, so that two threads of one process take turns
         self._lock = lock
-        self.logs = {name: JsonLines(path / name) for name in (STEPS, SITES)}
+        self.logs = {STEPS: JsonLines(path / STEPS), SITES: JsonLines(path / SITES, SITES_LIMIT)}
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], config_toml: str, policy_toml: str) -> RunDir:

@@ -23,6 +23,8 @@ from mezzo.errors import CheckpointError, ConfigError, NonfiniteError, RunError
 from mezzo.models.gpt_torch import GPT
 from mezzo.models.sampling import generate
 from mezzo.models.shapes import GPTConfig, flops_per_token, padded_vocab, parameter_count
+from mezzo.policy import Policy
+from mezzo.policy.site import ROOT
 from mezzo.torch import CONTRACT
 from mezzo.train import memory
 from mezzo.train.assemble import make_precision, restore
@@ -121,6 +123,8 @@ class Session:
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, config)
         self.precision = make_precision(self.model, self.optimizer, config)
+        for asked in config.observe.whatif:  # a rule that matches nothing is an error now
+            Policy.of(asked).check_paths([path or ROOT for path, _ in self.model.named_modules()])
         self.trains: Trains = self.precision  # what the loop steps with
         self.first = 0
         self._running: Any = self.model
@@ -238,10 +242,10 @@ class Session:
             due=self._due,
             stop=lambda: self._stopping,
         )
-        self.listener.attached(Training(self.precision, self.run, self.listener.message, self._losses))
-        self.listener.started(self.info())
         outcome = "failed"
         try:
+            self.listener.attached(Training(self.precision, self.run, self.listener.message, self._losses))
+            self.listener.started(self.info())
             with self._signals():
                 for record in loop.run(self.first, t.steps):
                     if self._entered is not None:

@@ -86,12 +86,12 @@ def test_incidents_are_listed_with_site_and_rule(mezzo: Mezzo, trained: Path) ->
     assert mezzo("incidents", "run").out == "no incidents\n"
     store = Incidents(Path("run"))
     site = "blocks.1.mlp.down:fprop.out"
-    store.keep(Incident(3, "nonfinite", "a gradient was not finite", site, "'blocks.1.mlp.down:*=float32'",
-                        [3, 4], policy="fp16", loss_scale=512.0, loss=float("nan")))  # fmt: skip
+    store.keep(Incident(3, "nonfinite", "a gradient was not finite", site, "blocks.1.mlp.down:*=float32",
+                        [3, 4], 4, policy="fp16", loss_scale=512.0, loss=float("nan")))  # fmt: skip
     store.keep(Incident(9, "loss_spike", "the loss is 9, the median of the steps before it 3"))
     done = mezzo("incidents", "run")
     assert "step 3 to 4  nonfinite  a gradient was not finite\n" in done.out
-    assert f"policy fp16, loss scale 512, at {site}, rule that spares it: 'blocks.1.mlp.down:*=float32'" in done.out
+    assert f"policy fp16, loss scale 512, at {site}, rule that spares it: blocks.1.mlp.down:*=float32" in done.out
     assert "step 9  loss_spike  the loss is 9" in done.out
     first, second = json.loads(mezzo("incidents", "run", "--json").out)["incidents"]
     assert (first["site"], first["loss"], second["kind"]) == (site, "NaN", "loss_spike")

@@ -126,7 +126,7 @@ def found(session: Session, fault: Fault, block: int) -> tuple[str | None, dict[
 
 def try_fault(folder: Path, out: Path, fault: Fault, policy: str, mode: str, block: int) -> tuple[str | None, str]:
     """(what it was called, what it should have been called) in a run that is sampled at the step of the fault."""
-    settings = ("observe.every=1", *MODES[mode])
+    settings = MODES[mode]
     listener = Listeners([RunObserver(every=GOOD_STEPS + 1)])
     session = Session.start(config(folder, policy, *settings), out, listener)
     return found(session, fault, block)[0], fault.site.format(block=block)

@@ -12,6 +12,7 @@ from faults import FAULTS, GOOD_STEPS, Fault, config, found, try_fault
 import mezzo.torch
 from mezzo.observe.incidents import read
 from mezzo.observe.listener import RunObserver
+from mezzo.policy import Policy
 from mezzo.train.session import Session
 
 NAMES = [fault.name for fault in FAULTS]
@@ -87,7 +88,7 @@ def test_an_incident_has_what_is_needed_to_look_at_the_step_again(folder: Path, 
     ((incident,), _) = read(session.run.path)
     site = "blocks.1.attn.qkv:fprop.a"
     assert (incident["step"], incident["kind"], incident["site"]) == (GOOD_STEPS + 1, "nonfinite", site)
-    assert incident["rule"] == "'blocks.1.attn.qkv:*=float32'"
+    Policy.of(f"fp16; {incident['rule']}").check_paths(["blocks.1.attn.qkv"])
     assert incident["sites"][site]["nonfinite"] == 2 * 32 * 32  # two micro-batches, one row of T × d each
     assert incident["rng"] == {"seed": 0, "draws": 2 * GOOD_STEPS}
     assert incident["batch"] == {"step": GOOD_STEPS + 1, "accumulate": 2}

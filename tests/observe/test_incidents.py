@@ -45,9 +45,17 @@ def test_a_loss_scale_that_collapses_is_one_and_one_that_searches_is_none() -> N
     searching = [record(step, scale=2.0 ** (16 - min(step, 7))) for step in range(1, 50)]
     assert kinds(searching) == []
     collapsing = [record(step, scale=max(1.0, 2.0 ** (17 - step))) for step in range(1, 60)]
-    assert kinds(collapsing) == [(9, "loss_scale"), (17, "loss_scale")]
+    assert kinds(collapsing) == [(9, "loss_scale")]
     long_ago = [record(step, scale=65536.0 if step < 3 else 2.0 ** (16 - step // 30)) for step in range(1, 400)]
     assert kinds(long_ago) == []
+    without = [record(step, scale=65536.0 if step < 30 else 1.0) for step in range(1, 60)]
+    assert kinds(without) == []
+    entered = [record(step, scale=65536.0 if step < 30 else 64.0) for step in range(1, 60)]
+    assert kinds(entered) == [(30, "loss_scale")]
+    watch = Watch()
+    for one in entered:
+        assert watch.note(one) == []
+        watch.passed(one | ({"entered": 2} if one["step"] == 29 else {}))
 
 
 def test_a_spike_is_one_and_a_falling_noisy_loss_is_none() -> None:
@@ -72,9 +80,9 @@ def test_a_watch_that_begins_again_from_the_records_is_the_same() -> None:
 
 def test_the_first_and_the_last_are_kept_when_there_are_too_many(tmp_path: Path) -> None:
     store = Incidents(tmp_path, most=5)
-    for step in range(1, 31):
+    for step in [*range(1, 29), 999_999, 1_000_000]:
         store.keep(Incident(step, "nonfinite", "a gradient was not finite", steps=[step]), np.zeros(8, np.uint8))
-    assert [one["step"] for one in read(tmp_path)[0]] == [1, 2, 28, 29, 30]
+    assert [one["step"] for one in read(tmp_path)[0]] == [1, 2, 28, 999_999, 1_000_000]
 
 
 def test_incidents_of_one_step_do_not_overwrite_each_other_and_torn_ones_are_left_out(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from mezzo.formats import get_format
 from mezzo.formats.measure import measure
 from mezzo.models.gpt_torch import GPT
 from mezzo.models.shapes import preset
+from mezzo.observe.whatif import answer
 from mezzo.policy import Policy, Site
 from mezzo.torch import Precision, observe, what_if
 from mezzo.torch.attention import largest_logit
@@ -115,9 +116,6 @@ def test_recomputed_blocks_are_measured_once() -> None:
 
 
 def test_updates_tell_what_is_lost() -> None:
-    torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(32, 32))
-    layer[0].weight.data.fill_(1.0)
     for policy, lost, unseen in (("bf16", 0.0, 1.0), ("bf16-pure; *:master=bfloat16", 1.0, None)):
         model = nn.Sequential(nn.Linear(32, 32, bias=False))
         model[0].weight.data.fill_(1.0)
@@ -166,6 +164,52 @@ def test_the_largest_logit_is_that_of_attention_in_pieces_too(causal: bool, monk
     assert largest_logit(q, k, mask, causal, 0.5) == pytest.approx(float(masked.abs().max()))
     added = torch.where(mask, 0.0, -math.inf)
     assert largest_logit(q, k, added, causal, 0.5) == pytest.approx(float(masked.abs().max()))
+
+
+def test_logits_of_single_heads_and_masks_of_large_numbers() -> None:
+    q, k = torch.randn(5, 8), torch.randn(7, 8)
+    mask = torch.zeros(5, 7)
+    mask[:, 3:] = torch.finfo(torch.float32).min
+    expected = float((q @ k.T * 8**-0.5)[:, :3].abs().max())
+    assert largest_logit(q, k, mask, False, None) == pytest.approx(expected)
+    assert largest_logit(q, k, None, False, None) == pytest.approx(float((q @ k.T * 8**-0.5).abs().max()))
+
+
+def test_a_forward_pass_without_gradients_in_between_hides_nothing() -> None:
+    counts = []
+    for between in (False, True):
+        model, precision = gpt("bf16")
+        observer = observe(model, 1)
+        loss = model(*batch(0))
+        if between:
+            with torch.no_grad():
+                model(*batch(1))
+        precision.backward(loss)
+        precision.step()
+        counts.append({str(site): one.measure.count for site, one in observer.last.sites.items()})
+        observer.close()
+    assert counts[0] == counts[1]
+
+
+def test_a_learning_rate_of_zero_loses_no_update() -> None:
+    model, precision = gpt("bf16")
+    precision.optimizers[0].param_groups[0]["lr"] = 0.0
+    observer = observe(model, 1)
+    precision.backward(model(*batch(0)))
+    precision.step()
+    assert observer.last.updates == {}
+    observer.close()
+
+
+def test_a_state_that_is_loaded_decides_anew_which_step_is_sampled() -> None:
+    model, precision = gpt("bf16")
+    observer = observe(model, 4)
+    state = precision.state_dict() | {"steps": torch.tensor(6)}
+    precision.load_state_dict(state)
+    assert not observer.sampling
+    precision.load_state_dict(state | {"steps": torch.tensor(7)})
+    assert observer.sampling
+    observer.close()
 
 
 def test_a_model_without_attention_to_measure_has_no_logits_and_grouped_heads_have() -> None:
@@ -217,6 +261,30 @@ def test_what_a_sixteen_bit_run_cannot_know_is_not_said() -> None:
     assert 20 < found["fp8"][up].measure.sqnr < 40
 
 
+def test_values_that_would_overflow_come_first_and_get_a_rule() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    model[0].weight.data.mul_(3e5)
+    precision = Precision(model, None, "fp32")
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    policy = Policy.of("fp16; loss_scale=none")
+    sample = what_if(precision, [policy], [lambda: model(x).square().mean() * 1e-12])
+    found = answer(sample, policy, spare=2)
+    (first, one), (second, _) = found.sites[:2]
+    assert (str(first), str(second)) == ("0:fprop.out", "1:fprop.a")
+    assert one.overflows
+    assert one.measure.sqnr > 60, "what became infinite is not in it"
+    assert found.rules == ("0:fprop.out=bfloat16", "1:fprop.[ab]=bfloat16")
+    spared = Policy.of(found.spared)
+    assert not any(one.overflows for _, one in what_if(precision, [spared], [lambda: model(x).square().mean()])
+                   .whatif[str(spared)].items() if _.path == "0" and _.role == "fprop.out")  # fmt: skip
+
+
+def test_a_rule_for_one_call_is_refused_where_calls_are_not_told_apart() -> None:
+    _, precision = gpt("bf16", optimizer=False)
+    with pytest.raises(ConfigError, match="tells no calls apart"):
+        what_if(precision, ["bf16; head#1:fprop.a=nvfp4"], [lambda: precision.model(*batch(0))])
+
+
 def test_what_if_leaves_no_trace() -> None:
     model, precision = gpt("fp8; *:input=e4m3@tensor delayed=4; loss_scale=dynamic")
     precision.backward(model(*batch(0)))
@@ -242,6 +310,22 @@ def test_what_cannot_be_asked_is_an_error_with_the_remedy() -> None:
     assert precision.hooks.observers == []
     with pytest.raises(ConfigError, match="met no site"):
         what_if(model, ["fp8"], [lambda: torch.ones((), requires_grad=True) * 2])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_is_measured_in_the_first_step_however_it_is_given_and_beside_another_one() -> None:
+    (one, first), (other, second) = gpt("bf16"), gpt("bf16")
+    compiled = torch.compile(one)
+    observers = [observe(first, 1), observe(other, 2)]
+    first.backward(compiled(*batch(0)))
+    first.step()
+    second.backward(other(*batch(0)))
+    second.step()
+    assert [len(observer.last.sites) > 50 for observer in observers] == [True, True]
+    first.remove()  # closes its observer
+    assert first.hooks.taps == []
+    observers[1].close()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

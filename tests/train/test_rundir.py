@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mezzo.errors import RunError
-from mezzo.storage import from_json, to_json
+from mezzo.storage import JsonLines, from_json, to_json
 from mezzo.train import rundir
 from mezzo.train.rundir import RunDir
 
@@ -219,3 +219,15 @@ def test_rundir_imports_no_framework():
 
 def _no_space(*_):
     raise OSError(28, "No space left on device")
+
+
+def test_a_log_with_a_limit_loses_every_second_record_when_it_has_grown_beyond(tmp_path):
+    log = JsonLines(tmp_path / "sites.jsonl", limit=1000)
+    for step in range(1, 400):
+        log.append({"step": step, "text": "x" * 20})
+        assert log.path.stat().st_size <= 1000
+    steps = [record["step"] for record in log.records()]
+    assert steps == sorted(steps)
+    assert (steps[0], steps[-1]) == (1, 399)
+    assert 8 < len(steps) < 30
+    log.close()
