@@ -1,12 +1,19 @@
 // Heatmaps of sites, or of weights, over the sampled steps.
 
+// The more is lost, the further from the background: lightness alone tells it, whatever colours somebody sees.
+const LOSS = {
+  light: ["#f1f3f5", "#f7c9a0", "#d9733a", "#98321b", "#45110c"],
+  dark: ["#1d242c", "#5a2f25", "#b5532f", "#f0975a", "#ffe9d2"],
+};
+const scale = (colours) => colours.map((one, i) => [i / (colours.length - 1), one]);
+
 const logShare = {
   // zero and everything below a millionth have the first colour
   z: (v) => Math.log10(Math.max(v, 1e-6)),
   min: -6,
   max: 0,
   show: share,
-  reverse: true,
+  lost: "high",
   ticks: [
     [-6, "0"],
     [-4, "0.01%"],
@@ -17,7 +24,7 @@ const logShare = {
   ],
 };
 const MEASURES = {
-  sqnr: { z: (v) => v, show: decibel, suffix: " dB" },
+  sqnr: { z: (v) => v, show: decibel, suffix: " dB", lost: "low" },
   underflow: logShare,
   overflow: logShare,
   lost: logShare,
@@ -97,8 +104,8 @@ function heat(box, { key, rows, values, steps, measure, clicked, empty }) {
         ygap: 1,
         zmin: flat.length ? low : 0,
         zmax: flat.length ? Math.max(high, low + 1e-9) : 1,
-        colorscale: "Viridis",
-        reversescale: Boolean(kind.reverse),
+        colorscale: kind.lost ? scale(LOSS[state.theme]) : "Viridis",
+        reversescale: kind.lost === "low",
         hoverinfo: "text",
         hovertext: rows.map(([name, row]) =>
           steps.map(
