@@ -28,9 +28,10 @@ from common import write_result
 
 from mezzo.observe.listener import RunObserver
 from mezzo.torch.observer import EVERY
+from mezzo.train.assemble import prepare_corpus
 from mezzo.train.config import Config, load
 from mezzo.train.listeners import Listener
-from mezzo.train.session import Session, prepare_corpus
+from mezzo.train.session import Session
 
 WARM = 3
 

@@ -87,10 +87,10 @@ def one_run(arm: str, seed: int, steps: int) -> dict[str, Any]:
     from mezzo.hardware import Hardware
     from mezzo.models.gpt_torch import GPT
     from mezzo.torch import Phases, Precision
+    from mezzo.train.assemble import make_optimizer, model_config, prepare_corpus
     from mezzo.train.config import load
     from mezzo.train.loop import evaluate
     from mezzo.train.schedule import learning_rate
-    from mezzo.train.session import make_optimizer, model_config, prepare_corpus
 
     config = load(None, [f"train.steps={steps}", "train.batch=8"])
     t, corpus = config.train, prepare_corpus(config)

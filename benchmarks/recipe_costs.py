@@ -28,8 +28,8 @@ from mezzo.policy import RECIPES
 from mezzo.torch import Precision
 from mezzo.torch.compact import stored_bytes
 from mezzo.torch.saved import kept_bytes
+from mezzo.train.assemble import make_optimizer, model_config, prepare_corpus
 from mezzo.train.config import load
-from mezzo.train.session import make_optimizer, model_config, prepare_corpus
 
 MORE = (
     "bf16; *:saved=bfloat16",  # activations kept in fewer bits

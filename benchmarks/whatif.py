@@ -26,9 +26,10 @@ from common import write_result
 
 from mezzo.policy import Policy
 from mezzo.torch import Precision, what_if
+from mezzo.train.assemble import prepare_corpus
 from mezzo.train.config import load
 from mezzo.train.listeners import Listener
-from mezzo.train.session import Session, prepare_corpus
+from mezzo.train.session import Session
 
 POLICIES = ("bf16", "fp16", "tf32", "fp8", "fp8-row", "fp8-block", "mxfp8", "mxfp8; *:input=mxfp8_e4m3+floor",
             "mxfp4", "nvfp4")  # fmt: skip

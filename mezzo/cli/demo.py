@@ -33,8 +33,8 @@ def demo(seconds: float) -> None:
     from rich.console import Console
 
     from mezzo import hardware
+    from mezzo.train.assemble import choose_device, prepare_corpus
     from mezzo.train.config import load
-    from mezzo.train.session import choose_device, prepare_corpus
 
     console = Console(soft_wrap=True, highlight=False)
     begin = time.perf_counter()

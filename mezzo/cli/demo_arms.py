@@ -20,9 +20,9 @@ import torch
 from mezzo.models.gpt_torch import GPT
 from mezzo.torch import Precision
 from mezzo.train import memory
+from mezzo.train.assemble import choose_device, make_optimizer, model_config, prepare_corpus
 from mezzo.train.config import Config, load
 from mezzo.train.schedule import learning_rate
-from mezzo.train.session import choose_device, make_optimizer, model_config, prepare_corpus
 
 ARMS = ("plain", "mezzo", "autocast", "fast_cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -48,7 +49,6 @@ def report(runs: tuple[str, ...], out: str | None, live: bool, port: int, lang: 
     serving = server(sources, lang)
     with listen(port) as socket:
         click.echo(f"http://{HOST}:{socket.getsockname()[1]}/  (Ctrl-C ends it)")
-        try:
+        with suppress(KeyboardInterrupt):
             serving.run(sockets=[socket])
-        except KeyboardInterrupt:
-            click.echo("ended")
+        click.echo("ended")

@@ -61,10 +61,10 @@ def sites(source: str, policy: str | None, as_json: bool) -> None:
 
 def _previews(source: str, policy: str | None) -> list[Precision]:
     """One for each phase."""
+    from mezzo.train.assemble import choose_device
     from mezzo.train.config import load
     from mezzo.train.preview import policies, preview
     from mezzo.train.rundir import RunDir
-    from mezzo.train.session import choose_device
     from mezzo.train.stored import read_config
 
     path = Path(source)

@@ -49,9 +49,10 @@ def train(
     from rich.console import Console
 
     from mezzo.errors import ConfigError
+    from mezzo.train.assemble import choose_device, prepare_corpus
     from mezzo.train.config import load
     from mezzo.train.rundir import RunDir
-    from mezzo.train.session import Session, choose_device, prepare_corpus
+    from mezzo.train.session import Session
     from mezzo.train.stored import read_config
 
     given = [*settings]

@@ -25,9 +25,9 @@ from mezzo.proof.pool import side_by_side
 from mezzo.proof.run import Job, arms, paired, run, with_seed
 from mezzo.proof.statistics import Finding, Plan, find
 from mezzo.storage import write_atomically
+from mezzo.train.assemble import choose_device, prepare_corpus
 from mezzo.train.config import Config
 from mezzo.train.preview import policies
-from mezzo.train.session import choose_device, prepare_corpus
 
 Result = dict[str, Any]
 

@@ -73,6 +73,8 @@ class SiteMode(TorchFunctionMode):
         self.path = ROOT
         self.depth = 0
         self.in_product = False
+        self.samplers = 0
+        self.sampling = False  # for compiled code, which then lets the model run uncompiled
         self.kept: dict[int, int] | None = None
         self.calls: dict[tuple[str, str], int] = {}
         self.recording: dict[tuple[str, str], Seen] | None = None
@@ -99,6 +101,11 @@ class SiteMode(TorchFunctionMode):
         if self._noted is not None and self._noted is not before and isinstance(out, Tensor):
             self._noted.out = tuple(out.shape)
         return out
+
+    def sample(self, change: int) -> None:
+        """One more (+1) or less who needs the model to run uncompiled, since compiled code tells of no rounding."""
+        self.samplers += change
+        self.sampling = self.samplers > 0
 
     def call_index(self, path: str, kind: str) -> int:
         if not self.table.by_call:
@@ -164,8 +171,11 @@ class Scope:
                 Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs)
             )
         mode, outer = self.mode, self.mode.path
-        if mode.table.saves and torch.compiler.is_compiling():
-            _refuse_compiled()
+        if torch.compiler.is_compiling():
+            if mode.table.saves:
+                _refuse_compiled()
+            if mode.sampling:
+                return _uncompiled(self, module, args, kwargs)
         mode.path = self.path
         if self.owner:  # looked up anew: a copy of the model has parameters of its own
             mode.owners = {id(p): _join(self.path, n.rpartition(".")[0]) for n, p in module.named_parameters()}
@@ -212,6 +222,14 @@ def _refuse_compiled() -> None:
         "a compiler decides itself what it keeps for the backward pass, so saved rules cannot be followed in compiled "
         "code; drop those rules or torch.compile"
     )
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="mezzo measures this step, in which the model runs uncompiled: compile it without fullgraph=True, or close "
+    "the observer"
+)
+def _uncompiled(scope: Scope, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return scope.run(module, args, kwargs)
 
 
 def _check_surroundings(mode: SiteMode, recomputing: bool) -> None:

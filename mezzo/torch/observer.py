@@ -37,25 +37,6 @@ EVERY = 50  # steps between two samples
 KEPT = 4  # samples that can still be asked for
 
 
-class _Uncompiled:
-    """Compiled code runs uncompiled while anybody samples: the compiler's stance is one for the whole process."""
-
-    count = 0
-    stance: Any = None
-
-    @classmethod
-    def begin(cls) -> None:
-        if not cls.count:
-            cls.stance = torch.compiler.set_stance("force_eager")
-        cls.count += 1
-
-    @classmethod
-    def end(cls) -> None:
-        cls.count -= 1
-        if not cls.count:
-            cls.stance.__exit__(None, None, None)
-
-
 class Collector:
     """A tap that measures every rounding of a training step, and what other policies would lose there.
 
@@ -138,7 +119,6 @@ class Observer:
         self._samples: dict[int, Pending | Sample] = {}
         self._collector: Collector | None = None
         self._updates: Updates | None = None
-        self._eager: weakref.finalize[..., Observer] | None = None  # lets compiled code run again
         precision.attach(self)
         self._begin()
 
@@ -200,17 +180,14 @@ class Observer:
             self._collector = Collector(self.precision, self.whatif)
             self.precision.hooks.taps.append(self._collector)
             self.precision.hooks.logits.append(self._collector.logits)
-            _Uncompiled.begin()
-            self._eager = weakref.finalize(self, _Uncompiled.end)
+            self.precision.mode.sample(+1)
 
     def _end(self) -> None:
         collector, self._collector, self._updates = self._collector, None, None
         if collector is not None:
             self.precision.hooks.taps.remove(collector)
             self.precision.hooks.logits.remove(collector.logits)
-        if self._eager is not None:
-            self._eager()
-            self._eager = None
+            self.precision.mode.sample(-1)
 
 
 def observe(
@@ -227,8 +204,8 @@ def observe(
     model       under a Precision, or that Precision
     every       steps between two samples; the first step is always sampled
     whatif      further policies: what would each lose at the same tensors?
-    returns     Observer; close() it after the last step: until then a step that is due is waited for, and compiled
-                code of the whole process runs uncompiled meanwhile
+    returns     Observer; its close() ends it. Until then a model that was compiled runs uncompiled from the step before
+                one that is due on; with fullgraph=True that is torch's error, which says so
     raises      ConfigError if the model is under no Precision, or a policy cannot be carried out on it
     """
     return Observer(_found(model), every, whatif)
@@ -255,12 +232,16 @@ def what_if(
     """
     precision = _found(model)
     asked = [Policy.of(policy) for policy in ([policies] if isinstance(policies, str) else policies)]
-    with undisturbed(precision), torch.compiler.set_stance("force_eager"), torch.enable_grad():
+    with undisturbed(precision), torch.enable_grad():
         collector = Collector(precision, asked, loss_scale)
         precision.hooks.taps.append(collector)
         precision.hooks.logits.append(collector.logits)
-        for loss in losses:
-            precision.backward(loss())
+        precision.mode.sample(+1)
+        try:
+            for loss in losses:
+                precision.backward(loss())
+        finally:
+            precision.mode.sample(-1)
         if not collector.pending.taken[OWN]:
             raise ConfigError("the losses met no site of the model: they must run it, with gradients")
         return collector.pending.read(precision.steps)

@@ -19,9 +19,9 @@ from mezzo.torch.advice import advise, operands
 from mezzo.torch.clip import Clipping, norms
 from mezzo.torch.compact import Compact
 from mezzo.torch.intercept import Seen, attach, detach, refuse_attached
+from mezzo.torch.masters import device_of, make_masters
 from mezzo.torch.products import float32_kernels
 from mezzo.torch.prune import Pruner
-from mezzo.torch.rounding import carrier
 from mezzo.torch.scales import Scales
 from mezzo.torch.sites import SiteRow, rows
 from mezzo.torch.step import Step
@@ -81,7 +81,7 @@ class Precision:
         if pruner is not None and pruner.model is not model:
             raise ConfigError("the pruner is of another model; make it with Pruner(model, ...) of this one")
         self.pruner = pruner
-        self.device = _device_of(model)
+        self.device = device_of(model)
         self.hooks = Hooks()
         self.hardware = hardware.measure(self.device.type)
         self._tables: dict[str, Table] = {}
@@ -89,7 +89,7 @@ class Precision:
         refuse_attached(model)
         table = self.table(self.policy)
         self.compact = Compact(model, table, self.optimizers, seed)
-        _make_masters(model, table, self.optimizers, self.compact)
+        make_masters(model, table, self.optimizers, self.compact)
         self.mode = attach(model, table)
         self.mode.precision = weakref.ref(self)
         self.mode.recording = {}
@@ -416,37 +416,3 @@ class Precision:
 
 def _listed(given: Any) -> list[Any]:
     return [] if given is None else list(given) if isinstance(given, Sequence) else [given]
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    devices = {p.device for p in model.parameters()}
-    if len(devices) > 1:
-        raise ConfigError(
-            f"the model's parameters lie on several devices ({', '.join(map(str, devices))}); move them to one"
-        )
-    device = devices.pop() if devices else torch.device("cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"mezzo runs on cpu and cuda, the model is on {device}; call model.to('cpu') first")
-    return device
-
-
-def _make_masters(model: nn.Module, table: Table, optimizers: list[Optimizer], compact: Compact) -> None:
-    """Store each floating parameter in its master's dtype; float64 masters take the buffers along."""
-    found: list[tuple[str, Tensor, torch.dtype]] = []
-    for path, module in model.named_modules():
-        master, compute = carrier(table.master(path or ROOT).fmt), table.compute(path or ROOT)
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_floating_point() and parameter.dtype is not master:
-                found.append((f"{path}.{name}" if path else name, parameter, master))
-        for _, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() and buffer.element_size() < compute.itemsize:
-                found.append(("", buffer, compute))
-    changed = [name for name, _, _ in found if name]
-    if changed and any(optimizer.state for optimizer in optimizers):
-        raise ConfigError(
-            f"the policy stores {changed[0]} in another dtype, but the optimizer already has moments for it; make the "
-            "Precision before the first step"
-        )
-    compact.begin()  # only now: a refused Precision leaves the model as it was
-    for _, tensor, dtype in found:
-        tensor.data = tensor.data.to(dtype)

@@ -13,21 +13,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import platformdirs
 import torch
 
 from mezzo import hardware
 from mezzo.data.batches import Batches, bits_per_byte, valid_batches
-from mezzo.data.shards import Corpus, Progress, prepare
-from mezzo.errors import CheckpointError, ConfigError, NonfiniteError, RunError
+from mezzo.data.shards import Corpus
+from mezzo.errors import CheckpointError, NonfiniteError, RunError
 from mezzo.models.gpt_torch import GPT
 from mezzo.models.sampling import generate
-from mezzo.models.shapes import GPTConfig, flops_per_token, padded_vocab, parameter_count
+from mezzo.models.shapes import flops_per_token, parameter_count
 from mezzo.policy import Policy
 from mezzo.policy.site import ROOT
 from mezzo.torch import CONTRACT
 from mezzo.train import memory
-from mezzo.train.assemble import make_precision, restore
+from mezzo.train.assemble import choose_device, make_optimizer, make_precision, model_config, prepare_corpus, restore
 from mezzo.train.checkpoint import (
     Checkpoint,
     copy_into,
@@ -48,54 +47,6 @@ from mezzo.train.schedule import learning_rate
 from mezzo.train.stored import anchored, check_same_settings, check_same_text, keep_corpus, read_config
 
 SAMPLE_TOKENS = 64
-
-
-def prepare_corpus(config: Config, progress: Progress | None = None) -> Corpus:
-    """Token shards of the config's text, made on first use in the cache folder."""
-    d = config.data
-    cache = Path(d.cache) if d.cache else Path(platformdirs.user_cache_dir("mezzo")) / "corpora"
-    return prepare(
-        d.corpus,
-        cache,
-        vocab_size=d.vocab_size,
-        tokenizer_path=d.tokenizer,
-        valid_fraction=d.valid_fraction,
-        text_key=d.text_key,
-        progress=progress,
-    )
-
-
-def choose_device(wanted: str) -> torch.device:
-    """The device that the config asks for; "auto" takes a GPU if the installed torch can use one.
-
-    raises    ConfigError saying why a GPU that was asked for cannot be used
-    """
-    kind, why = hardware.gpu_status()
-    if wanted == "cuda" and kind == "cpu":
-        raise ConfigError(f"train.device = 'cuda', but {why}; take device = 'cpu', or install a build of torch for it")
-    return torch.device(kind if wanted == "auto" else wanted)
-
-
-def model_config(config: Config, corpus: Corpus) -> GPTConfig:
-    """The model's shape with room for the tokenizer's vocabulary.
-
-    raises    ConfigError if model.vocab_size is smaller than the vocabulary
-    """
-    need = corpus.tokenizer.vocab_size
-    given = config.model.vocab_size
-    if given is not None and given < need:
-        raise ConfigError(f"model.vocab_size = {given} is smaller than the tokenizer's {need}; leave it out to fit it")
-    return config.model.resolve(vocab_size=given or padded_vocab(need))
-
-
-def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
-    """Fused AdamW; matrices and embeddings decay, vectors (norms, biases) do not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.train.weight_decay}]
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, fused=True)
 
 
 class Session:

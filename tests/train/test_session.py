@@ -17,9 +17,10 @@ from mezzo.data.batches import bits_per_byte
 from mezzo.errors import CheckpointError, ConfigError, DataError, NonfiniteError
 from mezzo.models.shapes import flops_per_token, padded_vocab, parameter_count
 from mezzo.train import saver
+from mezzo.train.assemble import choose_device
 from mezzo.train.checkpoint import newest
 from mezzo.train.rundir import RunDir
-from mezzo.train.session import Session, choose_device
+from mezzo.train.session import Session
 from mezzo.train.stored import load_run
 
 
