@@ -14,6 +14,7 @@ from mezzo.torch.table import Table
 
 
 def device_of(model: nn.Module) -> torch.device:
+    """raises    ConfigError if the parameters lie on several devices, or on one that mezzo does not run on"""
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         raise ConfigError(
