@@ -5,10 +5,9 @@
 gpt-proof is trained under bf16 on the stdlib corpus. At its weights and on one batch, `what_if` predicts every site
 under each policy while the model runs under fp32 (as `mezzo whatif` does) and under bf16; then the model runs under
 that policy, at the same weights and batch, and its sites are measured. The figure is the largest difference in dB over
-all sites that round something in that run. Counted apart: sites whose tensor arrives there in 16 bits already, so that
-rounding to as many costs nothing (predicted is then what that earlier rounding costs), and sites where one of the two
-is not known: results that a 16-bit kernel rounds itself, and 16-bit formats asked for in a run of another one. Writes
-benchmarks/results/whatif.json.
+all sites that round something in that run. Counted apart: sites of which one of the two knows nothing, since their
+tensor arrives in 16 bits already (a kernel rounded its result itself, or an operation that no rule speaks of computed
+in them). Writes benchmarks/results/whatif.json.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def main() -> None:
             worst = max(off, key=lambda site: abs(off[site]))
             rows.append({
                 "policy": policy, "under": under, "sites": len(truth), "compared": len(off),
-                "arrive_rounded": sum(math.isinf(truth[s]) and math.isfinite(predicted[s]) for s in known),
+                "only_exact_in_truth": [s for s in known if math.isinf(truth[s]) and math.isfinite(predicted[s])],
                 "only_predicted_exact": [s for s in known if math.isinf(predicted[s]) and math.isfinite(truth[s])],
                 "both_exact": sum(math.isinf(truth[s]) and math.isinf(predicted[s]) for s in known),
                 "unknown": len(both) - len(known), "missing": sorted(set(truth) - set(predicted)),

@@ -43,5 +43,6 @@ def incidents(run: str, as_json: bool) -> None:
         details += [f"phase {one['phase']}"] if one.get("phase") else []
         details += [f"loss scale {one['loss_scale']:g}"] if "loss_scale" in one else []
         details += [f"at {one['site']}"] if one.get("site") else []
-        details += [f"rule that spares it: {one['rule']}"] if one.get("rule") else []
         console.print("    " + ", ".join(details))
+        if one.get("rule"):
+            console.print(f"    to spare it: --policy {json.dumps(one['policy'] + '; ' + one['rule'])}")

@@ -66,11 +66,12 @@ def whatif(
     model, precision = load_checkpoint(checkpoint, settings, "fp32")
     losses = _of_file(Path(batch), model) if batch is not None else _of_run(checkpoint, settings, model, batches)
     model.train()
-    found = answer(what_if(precision, [asked], losses, _loss_scale(checkpoint, asked)), asked, spare)
+    scale = _loss_scale(checkpoint, asked)
+    found = answer(what_if(precision, [asked], losses, scale), asked, spare)
     if as_json:
-        click.echo(json.dumps(_plain(found, checkpoint), indent=2))
+        click.echo(json.dumps(_plain(found, checkpoint, scale), indent=2))
     else:
-        _print(found, checkpoint, len(losses), None if everything else ROWS)
+        _print(found, checkpoint, scale, len(losses), None if everything else ROWS)
 
 
 def _opened(source: Path, config: str | None) -> tuple[Checkpoint, Config]:
@@ -99,12 +100,14 @@ def _opened(source: Path, config: str | None) -> tuple[Checkpoint, Config]:
 
 
 def _loss_scale(checkpoint: Checkpoint, asked: Policy) -> float | None:
-    """The run's own at that step, if the policy scales its loss in the same way."""
+    """The run's own at that step if the policy scales its loss in the same way, else the one that it begins with."""
     from mezzo.policy import Policy
+    from mezzo.policy.scale import initial
 
-    own = Policy.of(checkpoint.meta["policy"]).loss_scaling
-    if own is None or own != asked.loss_scaling:
+    if asked.loss_scaling is None:
         return None
+    if Policy.of(checkpoint.meta["policy"]).loss_scaling != asked.loss_scaling:
+        return float(initial(asked.loss_scaling).scale)
     return float(checkpoint.load_group("precision")["scale"])
 
 
@@ -158,20 +161,21 @@ def _of_run(checkpoint: Checkpoint, config: Config, model: GPT, count: int) -> l
     return [functools.partial(loss, number) for number in range(count)]
 
 
-def _plain(found: Answer, checkpoint: Checkpoint) -> dict[str, Any]:
+def _plain(found: Answer, checkpoint: Checkpoint, scale: float | None) -> dict[str, Any]:
     from mezzo.storage import to_json
 
     body = {
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
         "policy": str(found.policy),
+        "loss_scale": scale,
         "spared": found.spared,
         "sites": {str(site): one.to_dict() for site, one in found.sites},
     }
     return json.loads(to_json(body, what="whatif"))  # type: ignore[no-any-return]
 
 
-def _print(found: Answer, checkpoint: Checkpoint, batches: int, rows: int | None) -> None:
+def _print(found: Answer, checkpoint: Checkpoint, scale: float | None, batches: int, rows: int | None) -> None:
     from rich.table import Table
 
     from mezzo.cli.formats import table_console
@@ -180,7 +184,7 @@ def _print(found: Answer, checkpoint: Checkpoint, batches: int, rows: int | None
     console = table_console()
     console.print(
         f"{checkpoint.path}, {batches} batch{'es' if batches > 1 else ''} in float32; every site as {found.policy} "
-        "would round it:\n",
+        f"would round it{'' if scale is None else f', at a loss scale of {scale:g}'}:\n",
         soft_wrap=True,
     )
     table = Table("site", "format", "SQNR dB", "underflow", "overflow", "worst block dB", box=None, pad_edge=False,
@@ -194,6 +198,8 @@ def _print(found: Answer, checkpoint: Checkpoint, batches: int, rows: int | None
     console.print(table)
     if rows is not None and len(found.sites) > rows:
         console.print(f"and {len(found.sites) - rows} more that lose less (--all)", style="dim")
+    if scale is None and any(one.spec.fmt.name == "float16" and one.measure.underflow > 0.01 for _, one in found.sites):
+        console.print("\nvalues underflow float16: give the policy a loss scale, such as ; loss_scale=dynamic")
     if found.rules:
         console.print(f"\nto spare the worst:\n  --policy {json.dumps(found.spared)}", soft_wrap=True)
     elif not any(lossy(one) for _, one in found.sites):

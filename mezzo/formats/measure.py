@@ -74,6 +74,7 @@ class Measure:
     underflowed, overflowed  how many were lost to the format's range
     amax                     largest finite magnitude before
     signal, noise            sums of x^2 and (x - y)^2 where both are finite
+    known                    whether x is what came before any rounding: if not, nothing can be said of what was lost
     histogram                (256,) finite elements but zeros by their float32 exponent: bin k has 2^(k-127) ≤ |x| <
                              2^(k-126), bin 0 what lies below
     """
@@ -88,6 +89,7 @@ class Measure:
     noise: float
     histogram: Array = field(compare=False, repr=False)
     blocks: Blocks | None = None
+    known: bool = True
 
     @property
     def underflow(self) -> float:
@@ -103,8 +105,8 @@ class Measure:
 
     @property
     def sqnr(self) -> float:
-        """dB; infinite where rounding changed nothing, NaN where there is nothing to compare."""
-        if not self.signal > 0:
+        """dB; infinite where rounding changed nothing, NaN with nothing to compare or a value that is not finite."""
+        if not self.signal > 0 or self.nonfinite or not self.known:
             return math.nan
         return 10 * math.log10(self.signal / self.noise) if self.noise > 0 else math.inf
 
@@ -121,6 +123,7 @@ class Measure:
             self.noise + other.noise,
             self.histogram + other.histogram,
             blocks,
+            self.known and other.known,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,8 +133,8 @@ class Measure:
             "zeros": self.zeros,
             "nonfinite": self.nonfinite,
             "amax": self.amax,
-            "underflow": self.underflow,
-            "overflow": self.overflow,
+            "underflow": self.underflow if self.known else None,
+            "overflow": self.overflow if self.known else None,
             "sqnr": _rounded(self.sqnr),
             "histogram": _trimmed(self.histogram),
         }

@@ -20,6 +20,7 @@ from mezzo.policy.sample import Measured, Sample, ranked
 from mezzo.policy.site import Site
 from mezzo.torch import Observer, Precision, Step
 from mezzo.torch.observer import EVERY, Collector
+from mezzo.torch.suppose import SCALED
 from mezzo.torch.switch import undisturbed
 
 Record = dict[str, Any]
@@ -97,6 +98,7 @@ class RunObserver:
         self.training, self.precision = training, training.precision
         self.watch = Watch(training.run.records())
         self.store = Incidents(training.run.path, self.most)
+        self._done = self.precision.steps
         if self.most:
             self.precision.attach(self)
             self._starts = {self.precision.steps + 1: Start.of(self.precision)}
@@ -138,6 +140,7 @@ class RunObserver:
                 with self._going_on():
                     self.store.keep(incident)
         self._new = []
+        self._done = record["step"]
         self.watch.passed(record)
 
     def message(self, text: str) -> None:
@@ -147,7 +150,7 @@ class RunObserver:
         """The training ends with an exception."""
         if not self.most or not isinstance(error, Exception):
             return
-        step = max(self._starts, default=self.precision.steps + 1)
+        step = self._done + 1  # the one that has no record
         what = f"{type(error).__name__}: {error}".partition("\n")[0]
         text = "".join(traceback.format_exception(error))[-TEXT:]
         self._write(Incident(step, "exception", what[:500], steps=[step], traceback=text), step)
@@ -187,20 +190,24 @@ class RunObserver:
             self._open = incident
             sample = self._again(step)
             if sample is not None:
-                self._name(incident, sample)
+                self._name(incident, sample, self._starts[step])
                 record["site"] = incident.site
         self._write(incident, step)
         self._new.append(incident)
 
-    def _name(self, incident: Incident, sample: Sample) -> None:
+    def _name(self, incident: Incident, sample: Sample, start: Start) -> None:
         """Put what the step showed when it was run again into the incident."""
         findings = [one for one in sample.findings if one.kind in ("nonfinite", "overflow")]
         if findings:
             site = incident.site = findings[0].site
-            fmt = next(one.spec.fmt for at, one in sample.sites.items() if str(at) == site)
-            if fmt.name == "float16":  # where bfloat16 and float32 end, no other format goes on
-                incident.rule = f"{site.partition(':')[0].partition('#')[0]}:*=float32"
+            at, one = next(entry for entry in sample.sites.items() if str(entry[0]) == site)
             incident.what += f"; first at {site}: {findings[0].text}"
+            scaling = start.policy.loss_scaling
+            if scaling is not None and at.role in SCALED:
+                then = "take a smaller loss_scale" if scaling.is_constant else "the loss scale falls after it"
+                incident.what += f" (a gradient, times the loss scale {float(start.loss_scale):g}: {then})"
+            elif one.spec.fmt.name == "float16":  # where bfloat16 and float32 end, no other format goes on
+                incident.rule = f"{at.path}:*=float32"
         named = {one.site for one in findings[:WORST]}
         kept: dict[Site, Measured] = {site: one for site, one in sample.sites.items() if str(site) in named}
         kept |= dict(ranked(sample.sites)[: WORST - len(kept)])

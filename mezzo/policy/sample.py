@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from mezzo.errors import ConfigError
 from mezzo.formats import Format
 from mezzo.formats.measure import Measure
 from mezzo.policy.site import Site
@@ -29,6 +30,11 @@ class Measured:
     def overflows(self) -> bool:
         """Whether finite values became infinite, which no SQNR shows."""
         return self.measure.overflowed > 0 and isinstance(self.spec.fmt, Format) and self.spec.fmt.infinity
+
+    def __str__(self) -> str:
+        m = self.measure
+        lost = f"{m.sqnr:.1f} dB, {m.underflow:.1%} underflow, {m.overflow:.1%} overflow" if m.known else "not known"
+        return f"{self.spec}: {lost}"
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": str(self.spec)} | self.measure.to_dict()
@@ -87,7 +93,12 @@ class Sample:
     whatif: dict[str, dict[Site, Measured]] = field(default_factory=dict)
 
     def worst(self, count: int = 10, policy: str | None = None) -> list[tuple[Site, Measured]]:
-        """The sites that lose most, by SQNR; of another policy that was asked for."""
+        """The sites that lose most, by SQNR; of another policy that was asked for.
+
+        raises    ConfigError if it was not
+        """
+        if policy is not None and policy not in self.whatif:
+            raise ConfigError(f"{policy!r} was not asked for; asked for: {', '.join(self.whatif) or 'none'}")
         sites = self.sites if policy is None else self.whatif[policy]
         return ranked(sites)[:count]
 

@@ -34,12 +34,11 @@ class Taken(NamedTuple):
     sums: Tensor
     histogram: Tensor
     blocks: Tensor | None
+    known: bool = True
 
     def unknown(self) -> Taken:
-        """The same where nothing is known of what the rounding lost."""
-        sums = self.sums.clone()
-        sums[6:] = 0
-        return Taken(sums, self.histogram, None)
+        """The same where nothing is known of what was lost."""
+        return self._replace(blocks=None, known=False)
 
 
 @torch.no_grad()
@@ -79,11 +78,12 @@ def read(taken: Sequence[Taken]) -> list[Measure]:
         if one.blocks is not None:
             detail = next(details)
             worst, median, best = detail[3:6].tolist()
-            counts = [int(figure) for figure in detail[:3]]
-            blocks = Blocks(counts[0], counts[1], counts[2], (worst, median, best), detail[6:].astype("int64"))
+            whole = [int(figure) for figure in detail[:3]]
+            blocks = Blocks(whole[0], whole[1], whole[2], (worst, median, best), detail[6:].astype("int64"))
         histogram = histogram.copy()
         histogram[0] = max(0, histogram[0] - zeros)
-        found.append(Measure(count, zeros, nonfinite, underflowed, overflowed, amax, signal, noise, histogram, blocks))
+        counts = count, zeros, nonfinite, underflowed, overflowed
+        found.append(Measure(*counts, amax, signal, noise, histogram, blocks, one.known))
     return found
 
 

@@ -76,8 +76,8 @@ class Collector:
                 if before() is event.before and same == how:
                     return taken
         taken = take(event.before, event.after, event.spec.fmt, event.axis, event.scale)
-        if event.site.role in OUTPUTS and event.before.dtype in NARROW:
-            taken = taken.unknown()  # the kernel rounded its result itself: there is nothing to compare with
+        if event.before.dtype in NARROW and event.before.dtype is event.after.dtype:
+            taken = taken.unknown()  # rounded before it came: by a kernel, or an operation that no rule speaks of
         self._recent.append((weakref.ref(event.before), how, taken))
         return taken
 
@@ -214,7 +214,7 @@ def observe(
 def what_if(
     model: nn.Module | Precision,
     policies: Iterable[str | Policy],
-    losses: Iterable[Callable[[], Tensor]],
+    losses: Callable[[], Tensor] | Iterable[Callable[[], Tensor]],
     loss_scale: float | None = None,
 ) -> Sample:
     """Measure what every site loses, and what it would lose under other policies; nothing of a training changes.
@@ -225,7 +225,7 @@ def what_if(
     model        under a Precision, or that Precision. Under policy "fp32" every tensor is met unrounded; under a
                  16-bit policy, what another format of 16 bits or more would lose cannot be known (SQNR is NaN)
     policies     any, whether this machine has their formats or not
-    losses       each runs the model on a batch and returns the loss, 0-d; what they measure is added up
+    losses       each (or the one) runs the model on a batch and returns the loss, 0-d; what they measure is added up
     loss_scale   of policies that scale the loss; None: the one they begin with
     returns      Sample; its step is how many the model was trained so far
     raises       ConfigError as `observe`, and if no site was met
@@ -238,7 +238,7 @@ def what_if(
         precision.hooks.logits.append(collector.logits)
         precision.mode.sample(+1)
         try:
-            for loss in losses:
+            for loss in [losses] if callable(losses) else losses:
                 precision.backward(loss())
         finally:
             precision.mode.sample(-1)
@@ -261,6 +261,8 @@ def _found(model: nn.Module | Precision) -> Precision:
 
 def _precision_of(model: nn.Module) -> Precision | None:
     inner = getattr(model, "_orig_mod", model)  # of torch.compile(model)
+    if not isinstance(inner, nn.Module):
+        raise ConfigError(f"a model or its Precision is needed, got {type(model).__name__}")
     scope = inner.__dict__.get("_mezzo_scope")
     if scope is None or scope.path != ROOT or scope.mode.precision is None:
         return None

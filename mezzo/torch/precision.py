@@ -112,6 +112,8 @@ class Precision:
 
         loss      0-d tensor; divide it by the number of calls yourself when accumulating a mean
         """
+        if not isinstance(loss, Tensor):
+            raise ConfigError(f"backward takes the loss as a tensor of one number, got {type(loss).__name__}")
         if loss.dim() != 0:
             raise ConfigError(f"backward takes a loss of one number, got shape {tuple(loss.shape)}; take its mean")
         loss = loss.float() if loss.dtype in (torch.bfloat16, torch.float16) else loss
@@ -226,10 +228,13 @@ class Precision:
         patience = (scaling or LossScaling()).patience
         if run >= patience:
             where = f"at the loss scale's floor of {scaling.floor:g}" if scaling else f"under {self.policy}"
+            less = ""
+            if scaling and scaling.is_constant:
+                where, less = f"at the constant loss scale of {scaling.init:g}", "take a smaller loss_scale, "
             raise NonfiniteError(
                 f"{run} steps in a row had nonfinite gradients {where}; first nonfinite at {last.site}. The weights "
-                f"are those of the last good step. Look for NaN in the data, lower the learning rate, or give that "
-                f"site a wider format, for instance with the rule {last.rule}"
+                f"are those of the last good step. Look for NaN in the data, {less}lower the learning rate, or give "
+                f"that site a wider format, for instance with the rule {last.rule}"
             )
 
     @property

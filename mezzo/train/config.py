@@ -294,7 +294,8 @@ def _explain(error: dict[str, Any]) -> str:
         return (
             f"{key} is a group of keys, such as {key}.{next(iter(_GROUPS[key].model_fields))}; got {error['input']!r}"
         )
-    return f"{key}: {error['msg']}, got {error['input']!r}"
+    wanted = "a list, such as ['nvfp4']" if error["type"] == "tuple_type" else error["msg"]
+    return f"{key}: {wanted}, got {error['input']!r}"
 
 
 _PHASE_VALUES = {

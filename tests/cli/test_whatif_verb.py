@@ -91,7 +91,8 @@ def test_incidents_are_listed_with_site_and_rule(mezzo: Mezzo, trained: Path) ->
     store.keep(Incident(9, "loss_spike", "the loss is 9, the median of the steps before it 3"))
     done = mezzo("incidents", "run")
     assert "step 3 to 4  nonfinite  a gradient was not finite\n" in done.out
-    assert f"policy fp16, loss scale 512, at {site}, rule that spares it: blocks.1.mlp.down:*=float32" in done.out
+    assert f"policy fp16, loss scale 512, at {site}\n" in done.out
+    assert 'to spare it: --policy "fp16; blocks.1.mlp.down:*=float32"\n' in done.out
     assert "step 9  loss_spike  the loss is 9" in done.out
     first, second = json.loads(mezzo("incidents", "run", "--json").out)["incidents"]
     assert (first["site"], first["loss"], second["kind"]) == (site, "NaN", "loss_spike")

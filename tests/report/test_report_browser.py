@@ -85,8 +85,9 @@ def test_the_keyboard_reaches_every_site_and_the_histograms_steps(run: Path, ope
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.dataset.name !== undefined"):
             break
-    assert page.evaluate("document.activeElement.dataset.name") == "blocks.0.attn.qkv:fprop.a"
-    for _ in range(7):
+    names = page.evaluate("[...document.querySelectorAll('#sites-table button[data-name]')].map((b) => b.dataset.name)")
+    assert page.evaluate("document.activeElement.dataset.name") == names[0]
+    for _ in range(names.index(SITE)):
         page.keyboard.press("ArrowDown")
     assert page.evaluate("document.activeElement.dataset.name") == SITE
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
@@ -103,7 +104,7 @@ def test_the_keyboard_reaches_every_site_and_the_histograms_steps(run: Path, ope
     page.wait_for_selector("#panel", state="hidden")
     assert page.evaluate("document.activeElement.dataset.name") == SITE
     page.keyboard.press("End")
-    assert page.evaluate("document.activeElement.dataset.name") == "blocks.0.attn.qkv:wgrad.a"
+    assert page.evaluate("document.activeElement.dataset.name") == names[-1]
 
 
 def test_sites_are_filtered_grouped_and_sorted(run: Path, opened: Opened) -> None:
@@ -119,15 +120,34 @@ def test_sites_are_filtered_grouped_and_sorted(run: Path, opened: Opened) -> Non
     assert "No site matches." in page.inner_text("#sites-heat")
     page.fill("#filter", "")
     page.select_option("#sites-controls select >> nth=1", "all")
-    page.click("#sites-table [data-sort=sqnr]")
-    values = [float(text.split("\t")[2].split()[0].replace("∞", "inf")) for text in rows.all_inner_texts()]
-    assert values == sorted(values)
-    assert page.get_attribute("#sites-table th >> nth=2", "aria-sort") == "ascending"
+    for order, turned in (("ascending", False), ("descending", True)):  # the worst first
+        values = [float(text.split("\t")[2].split()[0].replace("∞", "inf")) for text in rows.all_inner_texts()]
+        assert values == sorted(values, reverse=turned)
+        assert page.get_attribute("#sites-table th >> nth=2", "aria-sort") == order
+        page.click("#sites-table [data-sort=sqnr]")
     for measure in ("underflow", "overflow", "amax"):
         page.select_option("#sites-controls select >> nth=0", measure)
         assert page.locator("#sites-heat .heatmaplayer image").count() == 1
+    before = page.inner_text("#sites-table")
     page.select_option("#sites-controls select >> nth=2", "nvfp4")
     assert page.locator("#sites-heat .heatmaplayer image").count() == 1
+    assert "nvfp4" in page.inner_text("#sites-table")
+    assert page.inner_text("#sites-table") != before
+
+
+def test_values_that_are_not_finite_are_the_worst_in_colour_sign_and_order(tmp_path: Path, opened: Opened) -> None:
+    run = make_run(tmp_path / "first", steps=40)
+    lines = [json.loads(line) for line in (run / "sites.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["sites"][SITE] |= {"nonfinite": 3, "sqnr": None}
+    (run / "sites.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = open_and_offline(opened, run)
+    heat = "document.querySelector('#sites-heat .heat').data[0]"
+    marked = page.evaluate(f"{heat}.text.map((line) => line.every((text) => text === '✕'))")
+    at = marked.index(True)
+    assert marked.count(True) == 1
+    assert set(page.evaluate(f"{heat}.z[{at}]")) == {page.evaluate(f"{heat}.zmin")}
+    assert page.locator("#sites-table tbody tr").all_inner_texts()[0].startswith(SITE)
 
 
 def test_sites_that_lose_nothing_are_coloured_as_well(tmp_path: Path, opened: Opened) -> None:

@@ -98,6 +98,30 @@ def test_what_is_measured_is_what_the_tap_saw() -> None:
         assert one.measure.blocks.sqnr == pytest.approx(expected.blocks.sqnr, abs=1e-3)
 
 
+def test_of_a_tensor_that_arrives_rounded_nothing_is_said() -> None:
+    """The gradient of SwiGLU's product is computed in 16 bits: what that lost is not the next site's to tell."""
+    _, _, observer = train("fp16", 1, 1)
+    sites = {str(site): one for site, one in observer.last.sites.items()}
+    arrives, rounds = sites["blocks.0.mlp.up:dgrad.a"], sites["blocks.0.mlp.up:fprop.a"]
+    plain = arrives.to_dict()
+    assert (plain["sqnr"], plain["underflow"], plain["overflow"]) == (None, None, None)
+    assert str(arrives) == "float16: not known"
+    assert rounds.to_dict()["underflow"] is not None
+    assert " dB, " in str(rounds)
+
+
+def test_what_cannot_be_given_to_them_is_an_error_that_says_so() -> None:
+    model, precision = gpt("bf16", optimizer=False)
+    assert what_if(model, "fp8", lambda: model(*batch(0))).whatif.keys() == {"fp8"}
+    with pytest.raises(ConfigError, match="got float"):
+        what_if(model, ["fp8"], lambda: 3.0)
+    with pytest.raises(ConfigError, match="got str"):
+        observe("model")
+    sample = what_if(precision, [], lambda: model(*batch(0)))
+    with pytest.raises(ConfigError, match="was not asked for; asked for: none"):
+        sample.worst(3, "nvfp4")
+
+
 def test_every_role_of_a_product_is_measured_once() -> None:
     for policy in ("bf16", "fp8", "nvfp4"):
         _, _, observer = train(policy, 1, 1)

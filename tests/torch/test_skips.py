@@ -204,7 +204,7 @@ def test_the_rule_that_is_offered_spares_the_site():
     [
         ("fp16; loss_scale.init=4; loss_scale.patience=3", 5,
          "3 steps in a row had nonfinite gradients at the loss scale's floor of 1; first nonfinite at first:fprop.out"),
-        ("fp16; loss_scale=8", 10, "10 steps in a row had nonfinite gradients at the loss scale's floor of 8; first"),
+        ("fp16; loss_scale=8", 10, "10 steps in a row had nonfinite gradients at the constant loss scale of 8; first"),
         ("bf16", 10, "10 steps in a row had nonfinite gradients under bf16; first nonfinite at first:fprop.out. The w"),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ const state = {
   theme: "light",
   runs: DATA.runs,
   version: DATA.live,
-  site: { run: 0, measure: "sqnr", group: "all", format: "", filter: "", sort: "order", down: false },
+  site: { run: 0, measure: "sqnr", group: "all", format: "", filter: "", sort: "sqnr", down: false },
   update: { run: 0, measure: "ratio" },
   panel: null, // {kind: "site" | "weight", name, at: index of a sampled step, or null for the last}
 };

@@ -24,7 +24,8 @@ const logShare = {
   ],
 };
 const MEASURES = {
-  sqnr: { z: (v) => v, show: decibel, suffix: " dB", lost: "low" },
+  // One scale for all runs and policies: 60 dB and more is what 16 bits lose at most.
+  sqnr: { z: (v) => v, show: decibel, suffix: " dB", lost: "low", min: 0, max: 60 },
   underflow: logShare,
   overflow: logShare,
   lost: logShare,
@@ -63,7 +64,7 @@ const runChoice = (part, redraw) =>
     : [];
 
 // rows: [[name, index of its row in the values]]; cells are drawn for the steps as categories, evenly wide.
-function heat(box, { key, rows, values, steps, measure, clicked, empty }) {
+function heat(box, { key, rows, values, broken, steps, measure, clicked, empty }) {
   let div = box.firstElementChild;
   if (!rows.length) {
     if (div) Plotly.purge(div);
@@ -84,6 +85,8 @@ function heat(box, { key, rows, values, steps, measure, clicked, empty }) {
   const high = kind.max ?? Math.ceil(flat.reduce((a, b) => Math.max(a, b), -Infinity));
   const best = flat.length ? high : 1; // the colour of cells in which nothing was lost
   z = z.map((line) => line.map((v) => (v === Infinity ? best : v)));
+  const bad = (row, i) => broken?.[row][i] > 0;
+  if (kind.lost) z = z.map((line, r) => line.map((v, i) => (bad(rows[r][1], i) ? (kind.lost === "low" ? low : high) : v)));
   let ticks = kind.ticks;
   if (kind.power && flat.length) {
     const gap = Math.max(1, Math.ceil((high - low) / 6));
@@ -106,12 +109,15 @@ function heat(box, { key, rows, values, steps, measure, clicked, empty }) {
         zmax: flat.length ? Math.max(high, low + 1e-9) : 1,
         colorscale: kind.lost ? scale(LOSS[state.theme]) : "Viridis",
         reversescale: kind.lost === "low",
+        text: rows.map(([, row]) => steps.map((_, i) => (bad(row, i) ? "✕" : ""))),
+        texttemplate: "%{text}",
         hoverinfo: "text",
         hovertext: rows.map(([name, row]) =>
           steps.map(
             (step, i) =>
               `${plain(name)}<br>${t("step")} ${count(step)}<br>${t(measure)} ` +
-              (known(values[row][i]) ? plain(kind.show(values[row][i])) : t("no_value")),
+              (known(values[row][i]) ? plain(kind.show(values[row][i])) : t("no_value")) +
+              (bad(row, i) ? `<br>${t("nonfinite")} ${count(broken[row][i])}` : ""),
           ),
         ),
         colorbar: {
@@ -182,6 +188,7 @@ function drawSites() {
           ? t("sampled_thinned", { n: count(sampled.of), shown: sampled.steps.length })
           : t("sampled", { n: count(sampled.of) }),
     ),
+    ...(sampled ? [note(t("heat_key"))] : []),
   );
   for (const id of ["sites-controls", "sites-heat", "sites-table"]) $(id).hidden = !all;
   if (!all) return;
@@ -224,7 +231,7 @@ function drawSites() {
           state.site.format,
           (now) => {
             state.site.format = now;
-            drawSites();
+            redraw();
           },
         )
       : null,
@@ -256,6 +263,7 @@ function drawSites() {
     rows: sampled ? chosenSites(sampled) : [],
     empty: t(sampled ? "no_match" : "no_sites"),
     values: source?.[state.site.measure],
+    broken: sampled?.nonfinite,
     steps: sampled?.steps,
     measure: state.site.measure,
     clicked: (name, at) => openPanel("site", name, at),

@@ -105,12 +105,13 @@ function drawHistory(kind, name) {
       const points = run.sites.steps
         .map((x, i) => [x, source[key][row][i]])
         .filter(([, y]) => known(y) && Number.isFinite(value(y)));
+      if (!points.length) points.push([run.sites.steps[0], null]); // an axis without a point has no range
       traces.push({
         type: "scatter",
         mode: "lines+markers",
         name: plain(several() ? `${run.name} · ${t(key)}` : t(key)),
         x: points.map((p) => p[0]),
-        y: points.map((p) => value(p[1])),
+        y: points.map((p) => (p[1] == null ? null : value(p[1]))),
         yaxis: axis === 1 ? "y" : "y" + axis,
         line: {
           color: tint,

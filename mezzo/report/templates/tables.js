@@ -164,8 +164,14 @@ function drawSiteTable() {
     box = $("sites-table"),
     top = box.scrollTop;
   const held = box.contains(document.activeElement) ? document.activeElement.dataset : null;
-  const format = (row) => sampled.formats[sampled.format[row][last]]?.name;
-  const key = (row) => (sort === "format" ? (format(row) ?? "") : (value(sampled[sort][row][last]) ?? NaN));
+  const other = sampled.whatif[state.site.format];
+  const cell = (column, row) => (other?.[column] ?? sampled[column])[row][last];
+  const format = (row) => (other ? other.format[row] : sampled.formats[sampled.format[row][last]]?.name);
+  const key = (row) => {
+    if (sort === "format") return format(row) ?? "";
+    if (sort === "sqnr" && sampled.nonfinite[row][last] > 0) return -Infinity; // nothing is worse
+    return value(cell(sort, row)) ?? NaN;
+  };
   const rows = chosenSites(sampled);
   if (sort !== "order")
     rows.sort(([one, a], [other, b]) => {
@@ -189,7 +195,7 @@ function drawSiteTable() {
       rows.map(([name, row]) => [
         opener("site", name),
         el("code", {}, format(row) ?? "–"),
-        ...COLUMNS.map(([column, show]) => show(sampled[column][row][last])),
+        ...COLUMNS.map(([column, show]) => show(cell(column, row))),
       ]),
       { sorted: state.site, sort: again },
     ),
