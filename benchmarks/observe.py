@@ -1,9 +1,9 @@
 """What measuring the sites costs a run: time, memory, and that it changes no loss.
 
-    python benchmarks/observe.py [--steps 200] [--policies bf16 …] [--every 5]
+    python benchmarks/observe.py [--steps 300] [--policies bf16 …] [--every 5]
 
 gpt-proof (2 layers, d 128, T 128, batch 8) on the stdlib corpus as `mezzo train` trains it, three runs of each policy
-side by side, one step of each in turn, so that other load on the machine hits all: nothing observed; the defaults
+side by side, one step of each in turn in random order, so that other load on the machine hits all: nothing observed; the defaults
 (a sample every 50 steps, incidents watched for); and a sample every `--every` steps, for the cost of a sampled step.
 Figures: the ratio of medians of a sampled step, and of one between two samples, to one of the run that nobody
 observes; the overhead of the defaults is the weighted sum of both, beside the plain ratio of whole times. Losses are
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from common import write_result
@@ -55,8 +56,10 @@ def compare(policy: str, steps: int, every: int, folder: Path) -> dict[str, Any]
     runs = {name: session.train() for name, session in sessions.items()}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     losses: dict[str, list[float]] = {name: [] for name in arms}
+    order, random = list(runs.items()), Random(0)
     for _ in range(steps):
-        for name, run in runs.items():
+        random.shuffle(order)  # what runs after what must not count
+        for name, run in order:
             begin = time.perf_counter()
             losses[name].append(next(run)["loss"])  # the observer's own work and its files included
             seconds[name].append(time.perf_counter() - begin)
@@ -104,7 +107,7 @@ def memory(policy: str, every: int | None) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--policies", nargs="*", default=["fp32", "bf16", "fp16", "fp8", "mxfp8", "nvfp4"])
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--alone", help=argparse.SUPPRESS)

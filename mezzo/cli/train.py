@@ -93,6 +93,7 @@ def train(
         sys.exit(INTERRUPTED)
     prompt = shlex.quote(session.config.train.sample_prompt)
     console.print(f"done; try: mezzo generate {_path(session)} --prompt {prompt}")
+    console.print(f"      or:  mezzo report {_path(session)}")
 
 
 def _listeners(config: Config, console: Console) -> Listener:

@@ -38,6 +38,7 @@ def test_a_run_from_a_config_prints_what_it_does_and_what_to_type_next(mezzo: Me
         r"    'the cat.*'",
         r"saved runs/first/checkpoints/step-000004",
         r"done; try: mezzo generate runs/first --prompt 'the cat'",
+        r"      or:  mezzo report runs/first",
     ]
     assert len(lines) == len(patterns), done.out
     for line, pattern in zip(lines, patterns, strict=True):
