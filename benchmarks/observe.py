@@ -3,8 +3,9 @@
     python benchmarks/observe.py [--steps 300] [--policies bf16 …] [--every 5]
 
 gpt-proof (2 layers, d 128, T 128, batch 8) on the stdlib corpus as `mezzo train` trains it, three runs of each policy
-side by side, one step of each in turn in random order, so that other load on the machine hits all: nothing observed; the defaults
-(a sample every 50 steps, incidents watched for); and a sample every `--every` steps, for the cost of a sampled step.
+side by side, one step of each in turn in random order, so that other load on the machine hits all: nothing observed;
+the defaults (a sample every 50 steps, incidents watched for); and a sample every `--every` steps, for the cost of a
+sampled step.
 Figures: the ratio of medians of a sampled step, and of one between two samples, to one of the run that nobody
 observes; the overhead of the defaults is the weighted sum of both, beside the plain ratio of whole times. Losses are
 compared bit for bit. Memory: each arm alone in a process for 60 steps, its peak above resting, with glibc told to give
