@@ -135,10 +135,10 @@ def ranked(sites: dict[Site, Measured]) -> list[tuple[Site, Measured]]:
     """Worst first: nonfinite or overflowing into infinity, in the order of computation; then by SQNR; what cannot be
     compared comes last."""
 
-    def loss(entry: tuple[Site, Measured]) -> tuple[bool, bool, float]:
+    def loss(entry: tuple[Site, Measured]) -> tuple[bool, float]:
         one = entry[1]
-        sound = not (one.measure.nonfinite or one.overflows)
-        return sound, sound and math.isnan(one.measure.sqnr), one.measure.sqnr if sound else 0.0
+        sqnr = -math.inf if one.measure.nonfinite or one.overflows else one.measure.sqnr
+        return math.isnan(sqnr), sqnr
 
     return sorted(sites.items(), key=loss)
 

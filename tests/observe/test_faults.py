@@ -82,6 +82,20 @@ def test_a_step_that_is_run_again_changes_nothing_of_the_training(folder: Path, 
     assert incident["site"] == "blocks.0.mlp.down:dgrad.a"
 
 
+def test_a_step_that_is_run_again_draws_what_it_drew(folder: Path, tmp_path: Path) -> None:
+    session = Session.start(config(folder, "bf16"), tmp_path / "run", RunObserver())
+    drawn: list[float] = []
+
+    def drop(module: torch.nn.Module, args: object, out: torch.Tensor) -> torch.Tensor:
+        drawn.append(float(torch.rand(())))
+        return out * torch.nan
+
+    session.model.blocks[0].register_forward_hook(drop)
+    next(session.train())
+    assert len(drawn) == 4, "two micro-batches, twice"
+    assert drawn[:2] == drawn[2:]
+
+
 def test_an_incident_has_what_is_needed_to_look_at_the_step_again(folder: Path, tmp_path: Path) -> None:
     session = Session.start(config(folder, "fp16"), tmp_path / "run", RunObserver(every=50))
     found(session, FAULTS[NAMES.index("NaN in one batch row")], block=1)

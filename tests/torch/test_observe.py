@@ -132,6 +132,17 @@ def test_every_role_of_a_product_is_measured_once() -> None:
         observer.close()
 
 
+def test_a_bias_is_not_taken_for_its_weight() -> None:
+    model = nn.Sequential(nn.Linear(16, 8))
+    precision = Precision(model, torch.optim.SGD(model.parameters(), lr=0.1), "bf16")
+    observer = observe(model, 1)
+    precision.backward(model(torch.randn(4, 16)).square().mean())
+    precision.step()
+    counts = {site.role: one.measure.count for site, one in observer.last.sites.items()}
+    assert (counts["fprop.b"], counts["wgrad.out"]) == (128, 128)
+    observer.close()
+
+
 def test_recomputed_blocks_are_measured_once() -> None:
     _, _, plain = train("bf16", 1, 1)
     _, _, again = train("bf16", 1, 1, checkpoint_activations=True)
