@@ -138,7 +138,7 @@ class JsonLines:
         """The records in order. Lines that cannot be read (such as a torn last one) are left out."""
         try:
             with open(self.path, "rb") as file:
-                return [record for line in file if (record := _parse(line)) is not None]
+                return [record for line in file if (record := parse_line(line)) is not None]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -156,7 +156,7 @@ class JsonLines:
         try:
             with open(self.path, "rb") as file:
                 for line in file:
-                    record = _parse(line)
+                    record = parse_line(line)
                     if record is not None and record["step"] <= step:
                         kept.append(line.rstrip(b"\n") + b"\n")
                     else:
@@ -196,11 +196,12 @@ class JsonLines:
         data = self.path.read_bytes()
         if data and not data.endswith(b"\n"):
             head, _, tail = data.rpartition(b"\n")
-            kept = data if _parse(tail) is not None else head
+            kept = data if parse_line(tail) is not None else head
             write_atomically(self.path, kept + b"\n" if kept else b"")
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The record of a line of `JsonLines`; None if it is none, such as a torn last line."""
     try:
         record = from_json(line)
     except (ValueError, RecursionError):

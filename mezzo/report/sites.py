@@ -13,7 +13,7 @@ from typing import Any
 from mezzo.errors import RunError
 from mezzo.formats import ScaledFormat, get_format
 from mezzo.report.thin import SAMPLES, number, spread
-from mezzo.storage import from_json
+from mezzo.storage import parse_line
 
 MEASURES = ("sqnr", "underflow", "overflow", "amax")
 UPDATES = ("ratio", "lost", "unseen")
@@ -38,7 +38,7 @@ def read_sites(path: Path) -> dict[str, Any] | None:
     for index, line in enumerate(lines):
         if index not in wanted and b'"findings": []' in line:
             continue  # parsing takes the time
-        sample = _parse(line)
+        sample = parse_line(line)
         if sample is None:
             continue
         findings += list(_findings(sample))
@@ -120,14 +120,6 @@ def table(value: Any) -> dict[str, Any]:
 
 def _tables(value: Any) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in table(value).items() if isinstance(entry, dict)}
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        sample = from_json(line)
-    except (ValueError, RecursionError):
-        return None
-    return sample if isinstance(sample, dict) and type(sample.get("step")) is int else None
 
 
 def _findings(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -144,7 +144,9 @@ def test_fp16_that_stays_nonfinite_ends_with_the_site_and_the_last_good_weights(
     heard = Heard()
     session = Session.start(tiny("train.lr=1e-9", policy=policy), tmp_path / "run", heard)
     weights = {name: p.detach().clone() for name, p in session.model.named_parameters()}
-    with pytest.raises(NonfiniteError, match=r"3 steps in a row .* loss scale of 1.67772e\+07; first nonfinite at head:"):
+    with pytest.raises(
+        NonfiniteError, match=r"3 steps in a row .* loss scale of 1.67772e\+07; first nonfinite at head:"
+    ):
         train(session)
     assert heard.outcome == "failed"
     assert [record["skipped"] for record in logged(tmp_path / "run")] == [True, True]
