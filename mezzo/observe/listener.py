@@ -247,7 +247,7 @@ class RunObserver:
         precision = self.precision
         with undisturbed(precision), precision.using(start.policy), _as_at(precision, start):
             collector = Collector(precision)
-            precision.hooks.taps.append(collector)
+            collector.open()
             losses = self.training.losses(step)
             try:
                 for loss in losses:
@@ -256,6 +256,8 @@ class RunObserver:
             except Exception as error:  # such as too little memory: it must not end the training
                 self.training.message(f"step {step:,} could not be run again to find the site: {error}")
                 return None
+            finally:
+                collector.close()
 
 
 @contextmanager

@@ -51,6 +51,18 @@ class Collector:
         self.pending = Pending(str(precision.policy), [*self.supposed])
         self._recent: deque[tuple[weakref.ref[Tensor], Any, Taken]] = deque(maxlen=2)
 
+    def open(self) -> None:
+        """Listen; a model that was compiled runs uncompiled meanwhile."""
+        self.precision.hooks.taps.append(self)
+        self.precision.hooks.logits.append(self.logits)
+        self.precision.mode.sample(+1)
+
+    def close(self) -> None:
+        """Undo `open`."""
+        self.precision.hooks.taps.remove(self)
+        self.precision.hooks.logits.remove(self.logits)
+        self.precision.mode.sample(-1)
+
     def __call__(self, event: SiteEvent) -> None:
         site = event.site
         if not _counts(self.precision, site, event.before):
@@ -178,16 +190,12 @@ class Observer:
     def _begin(self) -> None:
         if self.due(self.precision.steps + 1):
             self._collector = Collector(self.precision, self.whatif)
-            self.precision.hooks.taps.append(self._collector)
-            self.precision.hooks.logits.append(self._collector.logits)
-            self.precision.mode.sample(+1)
+            self._collector.open()
 
     def _end(self) -> None:
         collector, self._collector, self._updates = self._collector, None, None
         if collector is not None:
-            self.precision.hooks.taps.remove(collector)
-            self.precision.hooks.logits.remove(collector.logits)
-            self.precision.mode.sample(-1)
+            collector.close()
 
 
 def observe(
@@ -206,7 +214,7 @@ def observe(
     whatif      further policies: what would each lose at the same tensors?
     returns     Observer; its close() ends it. Until then a model that was compiled runs uncompiled from the step before
                 one that is due on; with fullgraph=True that is torch's error, which says so
-    raises      ConfigError if the model is under no Precision, or a policy cannot be carried out on it
+    raises      ConfigError if the model is under no Precision, or a rule of `whatif` matches nothing in it
     """
     return Observer(_found(model), every, whatif)
 
@@ -234,14 +242,12 @@ def what_if(
     asked = [Policy.of(policy) for policy in ([policies] if isinstance(policies, str) else policies)]
     with undisturbed(precision), torch.enable_grad():
         collector = Collector(precision, asked, loss_scale)
-        precision.hooks.taps.append(collector)
-        precision.hooks.logits.append(collector.logits)
-        precision.mode.sample(+1)
+        collector.open()
         try:
             for loss in [losses] if callable(losses) else losses:
                 precision.backward(loss())
         finally:
-            precision.mode.sample(-1)
+            collector.close()
         if not collector.pending.taken[OWN]:
             raise ConfigError("the losses met no site of the model: they must run it, with gradients")
         return collector.pending.read(precision.steps)

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 # The roles whose tensors carry the loss scale.
 SCALED = (*SHORTHANDS["grad_output"], *(role for role in OUTPUTS if not role.startswith("fprop")))
-
-
 # Bits of the fraction of what a tensor may arrive in.
 NARROW = {torch.bfloat16: BFLOAT16.mantissa_bits, torch.float16: FLOAT16.mantissa_bits}
 
@@ -36,7 +34,7 @@ class Suppose:
     """
 
     def __init__(self, precision: Precision, policy: Policy, loss_scale: float | None = None) -> None:
-        self.scales, self.policy = precision.scales, policy
+        self.scales = precision.scales
         paths = [path or ROOT for path, _ in precision.model.named_modules()]
         policy.check_paths(paths)
         self.rules = policy.rules_for(paths)

@@ -52,7 +52,7 @@ class Updates:
             asked = gradient != 0
             lost = _share((asked > kept).count_nonzero(), asked.count_nonzero())  # asked and not kept
             unseen, rounded = self._unseen(name, p, before, changed)
-            ratio = torch.where(size > 0, moved / size, moved * torch.inf).nan_to_num(0.0)
+            ratio = torch.where(moved > 0, moved / size, 0.0)  # infinite where the weight was zero
             found[name] = torch.stack([ratio, lost, unseen, (~skipped).double()]), rounded
         self.before = []
         return found
