@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mezzo.errors import ConfigError
 from mezzo.formats.measure import has_blocks
 from mezzo.policy import Policy, Site
+from mezzo.policy.roles import OUTPUTS
 from mezzo.policy.sample import Sample
 from mezzo.policy.site import ROOT
 from mezzo.torch.measure import Taken, take
@@ -27,7 +28,7 @@ from mezzo.torch.sample import OWN, Pending
 from mezzo.torch.step import Step
 from mezzo.torch.suppose import NARROW, Suppose
 from mezzo.torch.switch import undisturbed
-from mezzo.torch.table import OUTPUTS, SiteEvent
+from mezzo.torch.table import SiteEvent
 from mezzo.torch.updates import Updates
 
 if TYPE_CHECKING:

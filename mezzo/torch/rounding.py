@@ -33,13 +33,6 @@ def carrier(fmt: AnyFormat) -> torch.dtype:
     return CARRIERS[fmt.name]
 
 
-def depends_on_axis(fmt: AnyFormat) -> bool:
-    """Whether rounding along another axis gives other values; square blocks and tensor scales do not care."""
-    return (
-        isinstance(fmt, ScaledFormat) and fmt.group != "tensor" and (fmt.group == "row" or fmt.group[0] != fmt.group[1])
-    )
-
-
 def cast(x: Tensor, fmt: AnyFormat, axis: int = -1) -> Tensor:
     """Round `x` to `fmt` and return it in the format's carrier dtype; `x` itself where nothing changes.
 

@@ -11,10 +11,11 @@ from mezzo.errors import ConfigError
 from mezzo.formats import BFLOAT16, FLOAT16, FLOAT32, AnyFormat, ScaledFormat
 from mezzo.policy import Policy, Spec
 from mezzo.policy.policy import find
+from mezzo.policy.roles import OUTPUTS
 from mezzo.policy.scale import initial
 from mezzo.policy.site import ROOT, SHORTHANDS
 from mezzo.torch.measure import Taken, take
-from mezzo.torch.table import OUTPUTS, SiteEvent, round_to, turned
+from mezzo.torch.table import SiteEvent, round_to, turned
 
 if TYPE_CHECKING:
     from mezzo.torch.precision import Precision

@@ -12,14 +12,14 @@ from torch import Tensor
 from mezzo.errors import ConfigError
 from mezzo.formats import BFLOAT16, FLOAT32, AnyFormat, ScaledFormat
 from mezzo.formats.rounding import Overflow
-from mezzo.formats.spec import E8M0
 from mezzo.policy import Policy, Rule, Site, Spec
 from mezzo.policy.policy import find
+from mezzo.policy.roles import OUTPUTS, check_same, role_specs, shared
 from mezzo.policy.site import ATTENTION_ROLES, PRODUCT_ROLES
 from mezzo.torch.hadamard import hadamard
 from mezzo.torch.pack import pack, packs, unpack
 from mezzo.torch.quantize import quantize
-from mezzo.torch.rounding import CARRIERS, carrier, cast, depends_on_axis, widen
+from mezzo.torch.rounding import CARRIERS, carrier, cast, widen
 from mezzo.torch.scales import Scales, row_name
 from mezzo.torch.step import Step
 
@@ -45,7 +45,6 @@ class SiteEvent(NamedTuple):
 
 
 Tap = Callable[[SiteEvent], None]
-OUTPUTS = ("fprop.out", "dgrad.out", "wgrad.out", "dgrad.query", "dgrad.key", "dgrad.value")
 
 
 class StepObserver(Protocol):
@@ -231,24 +230,11 @@ class SiteSpec:
 
     def shared(self, one: str, other: str) -> bool:
         """Whether a tensor rounded for one role serves the other, which sums over another axis."""
-        spec = self.specs[one]
-        # Random words and delayed scales are each role's own; the transform lies along the summed axis.
-        return spec == self.specs[other] and spec.plain and not depends_on_axis(spec.fmt)
+        return shared(self.specs, one, other)
 
     def require_same(self, what: str, *roles: str) -> None:
         """Refuse formats that this operation cannot tell apart."""
-        names = {role: str(self.specs[role]) for role in roles if role in self.specs}
-        blocks = [role for role in names if depends_on_axis(self.formats[role]) or self.specs[role].hadamard]
-        if blocks:
-            instead = "; ".join(f"{self.path}:{name}=bfloat16" for name in ("input", "weight", "grad_output"))
-            raise ConfigError(
-                f"{self.path}:{blocks[0]}={names[blocks[0]]}: {what} sums over several axes in its three products, so "
-                "blocks would lie across them; take a format without blocks, such as bfloat16 or e4m3@tensor, with the "
-                f"rules {instead}"
-            )
-        if len(set(names.values())) > 1:
-            listed = ", ".join(f"{role}={name}" for role, name in names.items())
-            raise ConfigError(f"{self.path}: {what} keeps one rounded copy for {listed}; give these roles one format")
+        check_same(self.path, self.specs, what, roles)
 
     def plain(self, *tensors: Tensor | None) -> bool:
         """Whether the unmodified float32 or float64 operation is already what the table asks for."""
@@ -307,12 +293,7 @@ class Table:
     def _spec(self, cache: dict[tuple[str, int], SiteSpec], roles: tuple[str, ...], path: str, call: int) -> SiteSpec:
         key = (path, call if self.by_call else 0)
         if key not in cache:
-            specs = {}
-            for role in roles:
-                spec = find(self.rules, Site(path, role, key[1]))
-                if spec is not None or role != "fprop.probs":
-                    specs[role] = spec or Spec(FLOAT32)
-            _check(path, specs)
+            specs = role_specs(self.rules, roles, path, key[1])
             delayed = [(Site(path, role, key[1]), spec) for role, spec in specs.items() if spec.delayed]
             self.scales.add(delayed)
             cache[key] = SiteSpec(path, key[1], specs, self.native, self.hooks, self.scales)
@@ -374,30 +355,3 @@ def _filled(x: Tensor, axis: int, block: int) -> Tensor:
     """`x` with zeros at the end of an axis, up to a multiple of the block."""
     missing = -x.shape[axis] % block
     return torch.cat([x, x.new_zeros(*x.shape[:axis], missing, *x.shape[axis:][1:])], axis) if missing else x
-
-
-def _check(path: str, specs: dict[str, Spec]) -> None:
-    """Refuse what a role cannot have."""
-    for product in ("fprop", "dgrad", "wgrad"):
-        blocks = [specs[role].hadamard for role in (f"{product}.a", f"{product}.b") if role in specs]
-        if len(set(blocks)) > 1:
-            raise ConfigError(
-                f"{path}:{product}: a Hadamard transform of one operand is undone by that of the other, so both need "
-                f"the same block; {product}.a has {blocks[0] or 'none'}, {product}.b has {blocks[1] or 'none'}. A rule "
-                f"that gives one of them another format must speak of the other too, as {path}:wgrad.?=bfloat16 does"
-            )
-    delayed = [role for role, spec in specs.items() if spec.delayed]
-    if "fprop.probs" in specs and delayed:
-        raise ConfigError(
-            f"{path}:{delayed[0]}={specs[delayed[0]]}: delayed scales are not for attention whose fprop.probs "
-            "have a rule; drop that rule or the word delayed"
-        )
-    for role, spec in specs.items():
-        fmt = spec.fmt
-        if fmt is E8M0:
-            raise ConfigError(f"{path}:{role}={fmt}: it is a format for scales, not for tensors")
-        if role in OUTPUTS and fmt.name not in CARRIERS:
-            raise ConfigError(
-                f"{path}:{role}={fmt}: results of products are kept in {', '.join(CARRIERS)}; give the low format to "
-                "the operands of the next product (input, weight, grad_output)"
-            )
