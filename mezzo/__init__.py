@@ -1,6 +1,6 @@
 """mezzo: train networks in the lowest precision that loses nothing, with the proof on the table.
 
-The names here need no framework. The adapters are imported when they are used: `mezzo.torch`.
+The names here need no framework. The adapters are imported when they are used: `mezzo.torch`, `mezzo.jax`, `mezzo.keras`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from mezzo.formats import Format, get_format, quantize
 from mezzo.policy import RECIPES, LossScaling, Policy, Rule, Site
 
 if TYPE_CHECKING:
+    from mezzo import jax as jax
+    from mezzo import keras as keras
     from mezzo import torch as torch
 
 __all__ = [
@@ -29,7 +31,7 @@ __all__ = [
     "quantize",
 ]
 
-_ADAPTERS = ("torch",)
+_ADAPTERS = ("torch", "jax", "keras")
 
 
 def __getattr__(name: str) -> Any:

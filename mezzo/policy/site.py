@@ -56,3 +56,23 @@ class Site:
 
     def __str__(self) -> str:
         return f"{self.path}#{self.call}:{self.role}" if self.call else f"{self.path}:{self.role}"
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site as resolved.
+
+    site    `path:role`, or `path:op NAME` for an operation that no rule speaks of
+    shape   of the tensor; () for a scalar
+    format  what its values are rounded to, and how if not to nearest; or the dtype that an uncovered operation ran in
+    route   "native", "emulated", "flash", "explicit", "kernel" (left to a kernel), "stored", "not covered"
+    bytes   the tensor's size in that format; while an emulated product runs it lies in a wider tensor
+    calls   how often the site was met in one forward pass; shape and bytes are those of one call
+    """
+
+    site: str
+    shape: tuple[int, ...]
+    format: str
+    route: str
+    bytes: int
+    calls: int = 1

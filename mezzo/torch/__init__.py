@@ -1,5 +1,6 @@
 """L2: sites on a torch module, quantised products, and the `Precision` that trains with them."""
 
+from mezzo.policy.site import SiteRow
 from mezzo.torch.cpu16 import FastCpu, fast_cpu
 from mezzo.torch.hadamard import hadamard
 from mezzo.torch.observer import Observer, observe, what_if
@@ -7,7 +8,6 @@ from mezzo.torch.phases import Phases
 from mezzo.torch.precision import Precision
 from mezzo.torch.prune import Pruner
 from mezzo.torch.quantize import quantize
-from mezzo.torch.sites import SiteRow
 from mezzo.torch.step import Step
 
 CONTRACT = 1  # version of the numerics contract, docs/numerics.md

@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from math import ceil, prod
 
 from torch import nn
 
 from mezzo.policy import Spec
-from mezzo.policy.site import ROOT
+from mezzo.policy.site import ROOT, SiteRow
 from mezzo.torch import float8
 from mezzo.torch.attention import algorithm
 from mezzo.torch.intercept import Seen, SiteMode
 from mezzo.torch.saved import STATISTICS
 from mezzo.torch.table import SiteSpec, Table
-
-
-@dataclass(frozen=True)
-class SiteRow:
-    """One site as resolved.
-
-    site    `path:role`, or `path:op NAME` for an operation that no rule speaks of
-    shape   of the tensor; () for a scalar
-    format  what its values are rounded to, and how if not to nearest; or the dtype that an uncovered operation ran in
-    route   "native", "emulated", "flash", "explicit", "kernel" (left to a kernel), "stored", "not covered"
-    bytes   the tensor's size in that format; while an emulated product runs it lies in a wider tensor
-    calls   how often the site was met in one forward pass; shape and bytes are those of one call
-    """
-
-    site: str
-    shape: tuple[int, ...]
-    format: str
-    route: str
-    bytes: int
-    calls: int = 1
 
 
 def rows(model: nn.Module, mode: SiteMode, seen: Iterable[Seen]) -> list[SiteRow]:
