@@ -22,9 +22,9 @@ from mezzo.jax.paths import prefixes, scope_path
 from mezzo.jax.products import bilinear, product
 from mezzo.jax.rounding import Listener, SiteSpec
 from mezzo.policy import Policy, Rule, Spec
-from mezzo.policy.depth import numbered
+from mezzo.policy.depth import by_depth, expand
 from mezzo.policy.roles import check_no_blocks, role_specs
-from mezzo.policy.site import ATTENTION_ROLES, PRODUCT_ROLES
+from mezzo.policy.site import ATTENTION_ROLES, PRODUCT_ROLES, ROOT
 
 Array = Any
 
@@ -95,6 +95,7 @@ class Interpreter:
     seen: dict[tuple[str, str, int, str], Seen] = field(default_factory=dict)
     _calls: dict[tuple[str, str], int] = field(default_factory=dict)
     _attention: int = 0
+    _looked_up: set[str] = field(default_factory=set)  # weights that rows were taken of: embeddings
     _open: dict[str, int] = field(default_factory=dict)  # path → the attention whose result is still to come
 
     def __post_init__(self) -> None:
@@ -133,7 +134,7 @@ class Interpreter:
             return self._dot(eqn, values, froms, scope)
         if name == "conv_general_dilated":
             return self._convolution(eqn, values, froms, scope)
-        if any(_has_products(inner) for inner in _inner(eqn)):
+        if any(_has(inner, _PRODUCTS) for inner in _inner(eqn)):
             handler = _HANDLERS.get(name)
             if handler is not None:
                 return handler(self, eqn, values, froms, scope)
@@ -141,6 +142,8 @@ class Interpreter:
         elif name in _UNCOVERED:
             shapes = tuple(v.aval.shape for v in eqn.invars)
             self._note(Seen(scope_path(scope, self.known), name, 0, None, shapes))
+        if froms and froms[0].path is not None and (name == "gather" or any(_has(i, {"gather"}) for i in _inner(eqn))):
+            self._looked_up.add(froms[0].path)
         results = bind(eqn, values)
         last = max((origin.scores for origin in froms), default=0)
         path = froms[0].path if froms and name in _CARRY_PATH else None
@@ -160,7 +163,9 @@ class Interpreter:
             return bind(eqn, values), [Origin(None, last)]
         part, swap = "", froms[0].path is not None and froms[1].path is None
         weight = froms[0].path or froms[1].path
-        path = weight or scope_path(scope, self.known)
+        path = scope_path(scope, self.known) if weight is None or weight in self._looked_up else weight
+        if weight is not None and path == ROOT:
+            path = weight  # a head that shares the embedding's weight has a path of its own where a scope names it
         if weight is None and _in_attention(eqn):
             part, swap, last = self._attention_part(path, froms, last)
         kind = "attention" if part else "product"
@@ -323,11 +328,11 @@ class Interpreter:
 
     def _refuse_layers_apart(self, path: str, length: int) -> None:
         """A loop has one set of rules for all its layers."""
-        layers = [f"{path.rpartition('.')[0] or path}.{i}" for i in range(length)]
+        layers = [f"{path}.{i}" for i in range(length)]
         for rule in self.policy.all_rules():
-            if numbered(rule, prefixes(layers)) if "%" in rule.path else any(map(rule.matches_path, layers[1:])):
-                if "%" not in rule.path and rule.matches_path(layers[0]) and rule.matches_path(path):
-                    continue  # it means all of them
+            meant = expand([rule], prefixes(layers)) if by_depth(rule) else [rule]
+            apart = by_depth(rule) or any(map(rule.matches_path, layers[1:]))
+            if meant and apart and not rule.matches_path(path):  # a rule that matches the path itself means all of them
                 raise ConfigError(
                     f"the rule {str(rule)!r} speaks of single layers, but {path} runs through all {length} in one "
                     "lax.scan, whose layers cannot be told apart; unroll the loop, or take a policy without the rule"
@@ -390,8 +395,8 @@ def _inner(eqn: Any) -> list[Any]:
     ]
 
 
-def _has_products(jaxpr: Any) -> bool:
-    return any(eqn.primitive.name in _PRODUCTS or any(map(_has_products, _inner(eqn))) for eqn in jaxpr.eqns)
+def _has(jaxpr: Any, names: set[str]) -> bool:
+    return any(eqn.primitive.name in names or any(_has(inner, names) for inner in _inner(eqn)) for eqn in jaxpr.eqns)
 
 
 _HANDLERS: dict[str, Callable[..., tuple[list[Array], list[Origin]]]] = {

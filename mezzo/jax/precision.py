@@ -49,7 +49,7 @@ class Precision:
         self.needs_state = self.draws or (
             self.policy.loss_scaling is not None and not self.policy.loss_scaling.is_constant
         )
-        if any(spec.fmt.name == "float64" for spec in specs) and not jax.config.jax_enable_x64:
+        if any(spec.fmt.name == "float64" for spec in specs) and not jax.config.read("jax_enable_x64"):
             raise ConfigError(
                 f"{self.policy} has float64 sites, and JAX has no float64 yet; begin with "
                 'jax.config.update("jax_enable_x64", True), and make the parameters float64'
@@ -193,10 +193,11 @@ def _rows(seen: Seen) -> Iterable[SiteRow]:
 
 
 def _parameter(keys: tuple[Any, ...], argnum: int) -> str | None:
-    """The name of a leaf of the argument that holds the parameters; None for other arguments' leaves."""
+    """The name of a leaf of the argument that holds the parameters; None for other arguments' leaves, and for an
+    argument that is one bare array."""
     if getattr(keys[0], "idx", None) != 0 or getattr(keys[1], "idx", None) != argnum:
         return None
-    return leaf_path(keys[2:])
+    return leaf_path(keys[2:]) or None
 
 
 def apart(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:

@@ -45,6 +45,7 @@ def product(site: SiteSpec, a: Array, b: Array, draws: Array) -> Array:
     return _forward(site, a, b, draws)[0]
 
 
+@partial(jax.jit, static_argnums=0)  # where nobody else compiles, too: operation by operation it takes seconds
 def _forward(site: SiteSpec, a: Array, b: Array, draws: Array) -> tuple[Array, Any]:
     ra, rb = site.round("fprop.a", a, -1, draws), _round_b(site, "fprop.b", b, -1, draws)
     y = result(site, "fprop.out", _multiply(ra, rb, -1, -1), draws)
@@ -58,6 +59,7 @@ def _keeps_rounded(site: SiteSpec) -> bool:
     return once and site.specs["wgrad.b"].fmt.name in _HALVES
 
 
+@partial(jax.jit, static_argnums=0)
 def _backward(site: SiteSpec, kept: Any, g: Array) -> tuple[Array, Array, None]:
     a, b, draws, like_a = kept
     g = incoming(site, g)

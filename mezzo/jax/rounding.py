@@ -7,7 +7,7 @@ conversions to 16 bits and back, or delete it; it cannot delete integer arithmet
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class SiteSpec:
     weight: bool = True
     shown: tuple[tuple[str, str], ...] | None = None
     part: str = ""
-    listener: Listener | None = field(default=None, compare=False)
+    listener: Listener | None = None
 
     @cached_property
     def specs(self) -> dict[str, Spec]:

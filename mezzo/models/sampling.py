@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mezzo.errors import ConfigError, NonfiniteError
 from mezzo.models.gpt_torch import GPT, KVCache
+from mezzo.models.sampling_arrays import check_arguments, nonfinite_logits
 
 
 def next_token_probs(
@@ -33,10 +33,7 @@ def next_token_probs(
     logits_V = logits_V.double()
     if not bool(torch.isfinite(logits_V.max())):  # NaN if any is NaN, -inf if all are
         count = int((~torch.isfinite(logits_V)).sum())
-        raise NonfiniteError(
-            f"{count} of {len(logits_V)} logits of the next token are NaN or infinite: the weights are damaged, or the "
-            f"policy's formats are too narrow for this model; try --policy fp32, or an earlier checkpoint"
-        )
+        raise nonfinite_logits(count, len(logits_V))
     if temperature == 0:
         return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
     # The largest logit is moved to 0 first: dividing by a tiny temperature can then not overflow to inf - inf.
@@ -80,27 +77,10 @@ def generate(
     """
     rows = model.config.vocab_size
     vocab_size = rows if vocab_size is None else vocab_size
-    if not 1 <= vocab_size <= rows:
-        raise ConfigError(f"vocab_size must be between 1 and the model's {rows}, not {vocab_size}")
-    prompt = [int(token) for token in prompt_ids]
-    if not prompt:
-        raise ConfigError("the prompt has no tokens; give at least one, for instance the end-of-text token")
-    for token in prompt:
-        if not 0 <= token < rows:
-            raise ConfigError(
-                f"the prompt has the token id {token}, but the model's vocabulary ends at {rows - 1}; "
-                f"encode the prompt with the tokenizer that the model was trained with"
-            )
-    if max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature must be 0 (greedy) or a finite number above it, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k must be at least 1, or None to keep every token, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"top_p must be above 0 and at most 1, or None to keep every token, not {top_p}")
-    if not 0 <= seed < 2**64:
-        raise ConfigError(f"seed must be between 0 and 2^64 - 1, not {seed}")
+    prompt = check_arguments(
+        prompt_ids, rows, vocab_size, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
 
     def stream() -> Iterator[int]:

@@ -180,6 +180,25 @@ def padded_vocab(vocab_size: int, multiple: int = 64) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+def check_context(config: GPTConfig, count: int) -> None:
+    """Refuse a context longer than the model's.
+
+    count    positions given
+    raises   ConfigError if they are more than seq_len
+    """
+    if count > config.seq_len:
+        raise ConfigError(
+            f"a context of {count} positions is longer than the model's seq_len = {config.seq_len}; "
+            f"give at most {config.seq_len} tokens here, or build the model with a longer seq_len"
+        )
+
+
+def check_loss_chunk_rows(rows: int | None) -> None:
+    """Refuse chunks of the loss that hold no row: ConfigError."""
+    if rows is not None and rows < 1:
+        raise ConfigError(f"loss_chunk_rows must be at least 1, or None for all at once, not {rows}")
+
+
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in the order of the model; the same in every framework.
 
