@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,3 +31,5 @@ def undone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         torch.manual_seed(0)
         yield
     fast_cpu(force=True).undo()
+    if "keras" in sys.modules:  # a page about it sets this for the whole process
+        sys.modules["keras"].mixed_precision.set_global_policy("float32")

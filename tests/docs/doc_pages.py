@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import itertools
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +34,33 @@ def blocks(text: str, kind: str | None = None) -> list[Block]:
     """The fenced blocks, or those of one language."""
     found = [Block(m[1], m[2], text[: m.start()].count("\n") + 2) for m in _FENCED.finditer(text)]
     return [block for block in found if kind is None or block.kind == kind]
+
+
+def printed(text: str) -> dict[int, str]:
+    """What a page says that its Python prints: a block of `text` right below one of `python`, by the latter's line."""
+    found = list(_FENCED.finditer(text))
+    pairs = [(a, b) for a, b in itertools.pairwise(found) if not text[a.end() : b.start()].strip()]
+    return {text[: a.start()].count("\n") + 2: b[2] for a, b in pairs if (a[1], b[1]) == ("python", "text")}
+
+
+def differs(shown: str, real: str) -> str | None:
+    """Why `real` is not what is shown, None if it is: words to the letter, numbers to 2%: machines differ."""
+    number = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?")
+    words = [re.sub(r"\s+", " ", number.sub("#", text)).strip() for text in (shown, real)]
+    if words[0] != words[1]:
+        return f"shown: {shown!r}, printed: {real!r}"
+    for a, b in zip(number.findall(shown), number.findall(real), strict=True):
+        if not math.isclose(float(a.replace(",", "")), float(b.replace(",", "")), rel_tol=0.02):
+            return f"shown: {a}, printed: {b}, in {real!r}"
+    return None
+
+
+def not_installed(code: str) -> list[str]:
+    """The packages that a block imports and that are not there."""
+    nodes = list(ast.walk(ast.parse(code)))
+    named = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    named += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return sorted({name.split(".")[0] for name in named if importlib.util.find_spec(name.split(".")[0]) is None})
 
 
 def prose(text: str) -> str:
