@@ -12,8 +12,8 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mezzo needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing the locked dependencies into $(VENV) (once, about two minutes) …"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_INSTALL_ARGS) -c $(CONSTRAINTS) -e '.[torch,tensorboard,proof,report,dev]'
+	@echo "installing the locked dependencies into $(VENV) (once, about two minutes; PyTorch, JAX and TensorFlow) …"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_INSTALL_ARGS) -c $(CONSTRAINTS) -e '.[torch,jax,tensorflow-cpu,tensorboard,proof,report,dev]'
 	@touch $@
 
 demo: install
