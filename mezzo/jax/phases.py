@@ -94,7 +94,7 @@ class Phases:
         if before.loss_scaling == self.phase.policy.loss_scaling:
             return opt_state
         state = scaling.state_of(opt_state)
-        self._losses[before.loss_scaling] = tuple(getattr(state, name).item() for name in _FIELDS)  # type: ignore[assignment]
+        self._losses[before.loss_scaling] = tuple(getattr(state, name).item() for name in _FIELDS)
         fresh = scaling.initial(self.phase.policy)
         scale, good, bad, _ = self._losses.get(
             self.phase.policy.loss_scaling, tuple(getattr(fresh, name).item() for name in _FIELDS)

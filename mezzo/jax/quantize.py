@@ -113,7 +113,7 @@ def _array(x: Any) -> Array:
 
 
 def _check_float64(what: str) -> None:
-    if not jax.config.jax_enable_x64:
+    if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise ConfigError(f'{what} needs 64-bit numbers, which are off: jax.config.update("jax_enable_x64", True)')
 
 

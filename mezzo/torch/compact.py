@@ -26,9 +26,8 @@ from mezzo.formats import FLOAT32, ScaledFormat, get_format
 from mezzo.formats.spec import BFLOAT16
 from mezzo.policy import Site, Spec
 from mezzo.policy.policy import find
-from mezzo.policy.site import ROOT, STATE_ROLES
+from mezzo.policy.site import ROOT, STATE_ROLES, SiteRow
 from mezzo.torch.moments import WIDE, Packed, at_rest, to_bfloat16
-from mezzo.torch.sites import SiteRow
 from mezzo.torch.table import Table
 
 if TYPE_CHECKING:

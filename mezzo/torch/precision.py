@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from mezzo import hardware
 from mezzo.errors import ConfigError, NonfiniteError
 from mezzo.policy import LossScaling, Policy, Site
-from mezzo.policy.site import ROOT
+from mezzo.policy.site import ROOT, SiteRow
 from mezzo.torch.advice import advise, operands
 from mezzo.torch.clip import Clipping, norms
 from mezzo.torch.compact import Compact
@@ -23,7 +23,7 @@ from mezzo.torch.masters import device_of, make_masters
 from mezzo.torch.products import float32_kernels
 from mezzo.torch.prune import Pruner
 from mezzo.torch.scales import Scales
-from mezzo.torch.sites import SiteRow, rows
+from mezzo.torch.sites import rows
 from mezzo.torch.step import Step
 from mezzo.torch.switch import same_storage
 from mezzo.torch.table import Hooks, SiteEvent, StepObserver, Table
