@@ -8,12 +8,13 @@ from mezzo.jax.measure import first_nonfinite, measure  # noqa: E402
 from mezzo.jax.phases import Phases  # noqa: E402
 from mezzo.jax.precision import Precision  # noqa: E402
 from mezzo.jax.quantize import bits, hadamard, quantize  # noqa: E402
-from mezzo.jax.scaling import State, all_finite, grad_norm, select  # noqa: E402
+from mezzo.jax.scaling import State, advance, all_finite, grad_norm, select  # noqa: E402
 
 __all__ = [
     "Phases",
     "Precision",
     "State",
+    "advance",
     "all_finite",
     "bits",
     "first_nonfinite",

@@ -15,6 +15,8 @@ from mezzo.formats.portable.arrays import Array, Size
 class JaxArrays:
     """`Arrays` over JAX; see mezzo/formats/portable/arrays.py for what each does."""
 
+    fuses = True
+
     def dtype(self, x: Array) -> str:
         return str(x.dtype.name)
 

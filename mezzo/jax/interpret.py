@@ -85,6 +85,7 @@ class Interpreter:
 
     known   paths of the modules that the parameters show
     draws   0-d integer, see `product`
+    native  whether the device multiplies 16-bit operands itself
     """
 
     policy: Policy
@@ -92,6 +93,7 @@ class Interpreter:
     seed: int
     draws: Array
     listener: Listener | None = None
+    native: bool = False
     seen: dict[tuple[str, str, int, str], Seen] = field(default_factory=dict)
     _calls: dict[tuple[str, str], int] = field(default_factory=dict)
     _attention: int = 0
@@ -228,7 +230,7 @@ class Interpreter:
         call = call if self.by_call else 0
         if not part:
             specs = role_specs(self.rules, PRODUCT_ROLES, path, call)
-            return SiteSpec(path, call, tuple(specs.items()), self.seed, weight, listener=self.listener)
+            return SiteSpec(path, call, tuple(specs.items()), self.seed, weight, None, "", self.listener, self.native)
         found = role_specs(self.rules, ATTENTION_ROLES, path, call)
         wide = Spec(FLOAT64 if any(spec.fmt.name == "float64" for spec in found.values()) else FLOAT32)
         names: dict[str, str | None] = dict(_SCORES if part == "scores" else _RESULT)
@@ -241,7 +243,7 @@ class Interpreter:
         specs = {role: wide if name is None else found[name] for role, name in names.items()}
         shown = tuple((role, name) for role in _SHOWN[part] if (name := names[role]) is not None)
         part = part if probs else ""  # the random words of the two products are told apart where both draw some
-        return SiteSpec(path, call, tuple(specs.items()), self.seed, False, shown, part, self.listener)
+        return SiteSpec(path, call, tuple(specs.items()), self.seed, False, shown, part, self.listener, self.native)
 
     # --- what holds products ---
 

@@ -45,6 +45,8 @@ class Precision:
         self.seed = seed
         refuse(self.policy, "jax")
         specs = [rule.spec for rule in self.policy.all_rules()]
+        # On a CPU, XLA's 16-bit products are no faster than its float32 ones.
+        self.native = jax.default_backend() != "cpu"
         self.draws = any(spec.rounding == "stochastic" for spec in specs)
         self.needs_state = self.draws or (
             self.policy.loss_scaling is not None and not self.policy.loss_scaling.is_constant
@@ -120,7 +122,7 @@ class Precision:
         static = [None if _is_array(out) else out for out in made["outs"]]  # tracers must not leave this trace
         names = {i: path for i in moving if (path := _parameter(paths[i][0], argnums % len(args))) is not None}
         known = prefixes(module_path(name) for name in names.values())
-        run = Interpreter(self.policy, known, self.seed, state.draws, listener)
+        run = Interpreter(self.policy, known, self.seed, state.draws, listener, self.native)
         origins = [Origin()] * len(closed.consts)
         origins += [Origin(module_path(names[i]) if i in names else None) for i in moving]
 
@@ -186,7 +188,8 @@ def _rows(seen: Seen) -> Iterable[SiteRow]:
         if names is not None and role not in names:
             continue
         shown = role if names is None else names[role]
-        route = "native" if spec.fmt.name in ("float32", "float64") else "emulated"
+        own = role.endswith("out") or seen.site.native_dtype(role.partition(".")[0]) is not None
+        route = "native" if spec.fmt.name in ("float32", "float64") or (own and seen.site.native) else "emulated"
         call = f"#{seen.call}" if seen.call else ""
         size = ceil(prod(shapes[role]) * spec.fmt.bits / 8)
         yield SiteRow(f"{seen.path}{call}:{shown}", shapes[role], str(spec), route, size)

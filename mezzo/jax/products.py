@@ -1,7 +1,7 @@
 """Products with each operand of each of the three products rounded as the table says.
 
 Canonical form: a (M, K) · b (N, K)ᵀ → y (M, N), or with a leading axis of batches on all three. dx = dy·b is dgrad,
-dw = dyᵀ·a is wgrad. Rounded operands are multiplied in float32 with float32 sums, and the result is rounded once.
+dw = dyᵀ·a is wgrad. Rounded operands are multiplied exactly, with float32 sums, and the result is rounded once.
 `docs/numerics.md` is the contract.
 """
 
@@ -15,17 +15,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mezzo.jax.rounding import SiteSpec, round_to
+from mezzo.jax.rounding import HALVES, SiteSpec, round_to
 
 Array = Any
-_HALVES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-def _multiply(a: Array, b: Array, sum_a: int, sum_b: int) -> Array:
-    """Product over axis `sum_a` of a and `sum_b` of b (counted from the end), batches first, in float32 throughout."""
+def _multiply(site: SiteSpec, product: str, a: Array, b: Array, sum_a: int, sum_b: int) -> Array:
+    """Product over axis `sum_a` of a and `sum_b` of b (counted from the end), batches first, with float32 sums.
+
+    Route native: operands of one 16-bit format go to the device's own 16-bit product, which loses nothing of them.
+    """
     batch = tuple(range(a.ndim - 2))
     dims = (((a.ndim + sum_a,), (b.ndim + sum_b,)), (batch, batch))
-    return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=a.dtype)
+    acc = a.dtype
+    if (narrow := site.native_dtype(product)) is not None:
+        a, b = a.astype(narrow), b.astype(narrow)
+    return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=acc)
 
 
 def _round_b(site: SiteSpec, role: str, b: Array, axis: int, draws: Array) -> Array:
@@ -48,15 +53,15 @@ def product(site: SiteSpec, a: Array, b: Array, draws: Array) -> Array:
 @partial(jax.jit, static_argnums=0)  # where nobody else compiles, too: operation by operation it takes seconds
 def _forward(site: SiteSpec, a: Array, b: Array, draws: Array) -> tuple[Array, Any]:
     ra, rb = site.round("fprop.a", a, -1, draws), _round_b(site, "fprop.b", b, -1, draws)
-    y = result(site, "fprop.out", _multiply(ra, rb, -1, -1), draws)
-    kept = ra.astype(_HALVES[site.specs["wgrad.b"].fmt.name]) if _keeps_rounded(site) else a
+    y = result(site, "fprop.out", _multiply(site, "fprop", ra, rb, -1, -1), draws)
+    kept = ra.astype(HALVES[site.specs["wgrad.b"].fmt.name]) if _keeps_rounded(site) else a
     return y, (kept, b, draws, jnp.zeros((), a.dtype))
 
 
 def _keeps_rounded(site: SiteSpec) -> bool:
     """Whether a is kept as it was rounded, in 16 bits: rounding it again would change nothing."""
     once = site.listener is None and site.shared("wgrad.b", "fprop.a")
-    return once and site.specs["wgrad.b"].fmt.name in _HALVES
+    return once and site.specs["wgrad.b"].fmt.name in HALVES
 
 
 @partial(jax.jit, static_argnums=0)
@@ -64,9 +69,9 @@ def _backward(site: SiteSpec, kept: Any, g: Array) -> tuple[Array, Array, None]:
     a, b, draws, like_a = kept
     g = incoming(site, g)
     g_d, g_w = site.round("dgrad.a", g, -1, draws), site.round("wgrad.a", g, -2, draws)
-    da = _multiply(g_d, _round_b(site, "dgrad.b", b, -2, draws), -1, -2)
+    da = _multiply(site, "dgrad", g_d, _round_b(site, "dgrad.b", b, -2, draws), -1, -2)
     a_w = a.astype(site.acc) if _keeps_rounded(site) else site.round("wgrad.b", a, -2, draws)
-    db = _multiply(g_w, a_w, -2, -2)
+    db = _multiply(site, "wgrad", g_w, a_w, -2, -2)
     da, db = result(site, "dgrad.out", da, draws), result(site, "wgrad.out", db, draws)
     return da.astype(like_a.dtype), db.astype(b.dtype), None
 

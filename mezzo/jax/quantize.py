@@ -108,7 +108,7 @@ def _array(x: Any) -> Array:
     if not isinstance(x, jax.Array):
         if isinstance(x, np.ndarray | np.generic) and x.dtype == np.float64:
             _check_float64("a float64 array")  # JAX would make it float32
-        x = jnp.asarray(x)
+        return jnp.asarray(x)
     return x
 
 

@@ -20,6 +20,7 @@ from mezzo.policy import Site, Spec
 from mezzo.policy.roles import WIDE, shared
 
 Array = Any
+HALVES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 class Rounding(NamedTuple):
@@ -45,6 +46,7 @@ class SiteSpec:
     shown      role → the role that random words and listeners know, where the product is part of an attention
     weight     whether b is a weight, whose random words are numbered in the order (out, in)
     listener   told of every rounding on the host
+    native     whether the device multiplies 16-bit operands itself
     """
 
     path: str
@@ -55,6 +57,7 @@ class SiteSpec:
     shown: tuple[tuple[str, str], ...] | None = None
     part: str = ""
     listener: Listener | None = None
+    native: bool = False
 
     @cached_property
     def specs(self) -> dict[str, Spec]:
@@ -78,8 +81,13 @@ class SiteSpec:
         """Whether a tensor rounded for one role serves the other, which sums over another axis."""
         return shared(self.specs, one, other)
 
+    def native_dtype(self, product: str) -> Any:
+        """The 16-bit dtype that a product's operands go to the device in; None: they are multiplied as float32."""
+        names = {self.specs[f"{product}.{operand}"].fmt.name for operand in "ab"}
+        return HALVES.get(names.pop()) if self.native and len(names) == 1 and self.acc == jnp.float32 else None
+
     def rounds_to_16_bits(self, role: str) -> bool:
-        return self.specs[role].fmt.name in ("bfloat16", "float16")
+        return self.specs[role].fmt.name in HALVES
 
     def round(self, role: str, x: Array, axis: int, draws: Array) -> Array:
         """`x` rounded for `role` along the summed axis, in `acc`; tells the listener."""

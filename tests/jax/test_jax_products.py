@@ -84,6 +84,19 @@ def test_rounded_results_are_those_of_pytorch_but_for_ties(policy):
         np.testing.assert_allclose(ours, torchs, rtol=2**-7, atol=1e-6 * np.abs(torchs).max())
 
 
+def test_the_native_route_multiplies_16_bit_numbers_with_float32_sums():
+    x, w = jnp.asarray(numbers((16, 64), 0)), {"lin": {"kernel": jnp.asarray(numbers((64, 8), 1))}}
+    precision = mezzo.jax.Precision("bf16; *:fprop.out=float32")
+    emulated = jax.jit(precision(lambda p, x: x @ p["lin"]["kernel"]))(w, x)
+    precision.native = True  # as on a GPU; a CPU can do it, too
+    function = precision(lambda p, x: x @ p["lin"]["kernel"])
+    jaxpr = str(jax.make_jaxpr(function)(w, x))
+    assert "bf16[64,8]" in jaxpr or "bf16[8,64]" in jaxpr
+    np.testing.assert_allclose(jax.jit(function)(w, x), emulated, rtol=1e-5, atol=1e-5)
+    rows = {row.site: row.route for row in precision.sites(lambda p, x: x @ p["lin"]["kernel"], w, x)}
+    assert rows["lin:fprop.a"] == "native"
+
+
 def test_stochastic_words_move_with_the_state():
     x, w, g = numbers((16, 16), 0), numbers((16, 16), 1), numbers((16, 16), 2)
     policy = "fp32; lin:dgrad.a=e4m3@tensor stochastic"
