@@ -4,12 +4,14 @@ import generate
 import pytest
 import torch
 from checks import CASES, FAMILIES, check_blocks, check_elements, check_hadamard, check_stochastic, load, run
+from jax_adapter import JaxAdapter
+from keras_adapter import KerasAdapter
 from numpy_adapter import NumpyAdapter
 from torch_adapter import CompiledAdapter, HelperAdapter, MatmulAdapter, TorchAdapter
 
 from mezzo.torch import helper
 
-ADAPTERS = [NumpyAdapter(), TorchAdapter(), HelperAdapter()]
+ADAPTERS = [NumpyAdapter(), TorchAdapter(), HelperAdapter(), JaxAdapter(), KerasAdapter()]
 
 
 @pytest.fixture(autouse=True)

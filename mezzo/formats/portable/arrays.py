@@ -16,6 +16,11 @@ Size = Any  # an int, or a scalar of the framework where a size is known only wh
 class Arrays(Protocol):
     """One framework's arrays. Dtypes go by their NumPy names, such as "int32" and "bfloat16"."""
 
+    @property
+    def fuses(self) -> bool:
+        """Whether operations on elements are mostly joined into one pass over them."""
+        ...
+
     def dtype(self, x: Array) -> str: ...
 
     def shape(self, x: Array) -> tuple[Size, ...]:

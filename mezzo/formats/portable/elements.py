@@ -119,7 +119,7 @@ def whole(xp: Arrays, x: Array, drop: Array, word: Word, rounding: Rounding, wor
     """
     if isinstance(drop, int):
         shift: Array = drop
-        below = (1 << drop - 1) - 1
+        below: Array = (1 << drop - 1) - 1
     else:
         shift = xp.minimum(drop, word.fraction + 6)  # below a quarter: to nearest, and downward, zero
         below = xp.shift_left(1, shift - 1) - 1 if rounding == "nearest" else None
@@ -170,7 +170,14 @@ def round_parts(
 
 
 def bound(
-    xp: Arrays, y: Array, sign: Array, mag: Array | None, word: Word, fmt: Format, rounding: Rounding, overflow: Overflow
+    xp: Arrays,
+    y: Array,
+    sign: Array,
+    mag: Array | None,
+    word: Word,
+    fmt: Format,
+    rounding: Rounding,
+    overflow: Overflow,
 ) -> Array:
     """Rounded magnitudes within the format's limits.
 

@@ -18,7 +18,6 @@ from mezzo.formats.portable.elements import (
     bound,
     normal_parts,
     parts,
-    round_elements,
     round_parts,
     signed,
     whole,
@@ -200,8 +199,9 @@ def _nvfp4_scales(xp: Arrays, amax: Array, whole_amax: Array) -> tuple[Array, Sc
 
 def _over(xp: Arrays, value: float, x: Scale) -> Scale:
     """value / x, at most float32's largest number."""
-    sig, e = parts(xp, xp.bitcast(value / xp.cast(x.sig, "float32"), "int32"), WORD32)
-    e = e + 23 - x.e
+    # Twice the number, since TensorFlow makes 1 / x a reciprocal, which Eigen does not round correctly.
+    sig, e = parts(xp, xp.bitcast(2 * value / xp.cast(x.sig, "float32"), "int32"), WORD32)
+    e = e + 22 - x.e
     top, top_e = WORD32.mag(FLOAT32_MAX) & WORD32.one - 1 | WORD32.one, 127
     return Scale(xp.where(e > top_e, top, sig), xp.minimum(e, top_e))
 
@@ -233,7 +233,8 @@ class Layout:
         self.groups = Groups(known, fmt, axis)  # refuses what cannot be
         self.flat = fmt.group == "tensor"
         if self.flat:
-            self.dims, self.group_axes = 1, (0,)
+            self.dims = 1
+            self.group_axes: tuple[int, ...] = (0,)
             return
         self.axis = axis % len(shape)
         self.moved = [n for i, n in enumerate(shape) if i != self.axis] + [shape[self.axis]]
@@ -276,9 +277,7 @@ class Layout:
         want = self.groups.scales_shape
         known = all(isinstance(n, int) for n in (*shape, *self.shape))
         if len(shape) != len(want) or (known and tuple(shape) != want):
-            raise ConfigError(
-                f"the scale must have the shape () or {want}, one for each group, not {tuple(shape)}"
-            )
+            raise ConfigError(f"the scale must have the shape () or {want}, one for each group, not {tuple(shape)}")
 
     def _padded(self, x: Array, after: list[Size]) -> Array:
         return self.xp.pad(x, after) if any(not isinstance(n, int) or n for n in after) else x

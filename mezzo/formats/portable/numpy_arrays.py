@@ -18,6 +18,8 @@ def _dtype(name: str) -> Any:
 class NumpyArrays:
     """`Arrays` over NumPy; see arrays.py for what each does."""
 
+    fuses = False
+
     def dtype(self, x: Array) -> str:
         return str(x.dtype.name)
 

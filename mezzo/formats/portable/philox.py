@@ -25,7 +25,10 @@ def bits(xp: Arrays, seed: int, step: Array, site: int | str, count: Size) -> Ar
         raise ConfigError(f"seed is below 2**64, step and site below 2**32, none negative; got {seed}, {step}, {site}")
     if isinstance(count, int) and not 0 <= count < 1 << 34:
         raise ConfigError(f"an array takes fewer than 2**34 random words, not {count}")
-    c0 = xp.arange((count + 3) // 4)
+    # XLA would run through the rounds anew, one by one, for each of four words that lie side by side. Where it joins
+    # all operations into one pass, every word's own run through them is cheaper.
+    element = xp.arange(count) if xp.fuses and count < 1 << 32 else None
+    c0 = xp.arange((count + 3) // 4) if element is None else xp.shift_right(element, 2)
     zero = c0 & 0
     c1, c2 = zero, zero + xp.array(step, "uint32") if known else zero + xp.cast(step, "uint32")
     c3 = zero + xp.array(number, "uint32")
@@ -37,6 +40,9 @@ def bits(xp: Arrays, seed: int, step: Array, site: int | str, count: Size) -> Ar
         high0, high1 = _high(xp, c0, philox.M0), _high(xp, c2, philox.M1)
         key0, key1 = xp.array(k0, "uint32"), xp.array(k1, "uint32")
         c0, c1, c2, c3 = high1 ^ c1 ^ key0, c2 * m1, high0 ^ c3 ^ key1, c0 * m0
+    if element is not None:
+        first, odd = (element & 2) == 0, (element & 1) == 1
+        return xp.where(odd, xp.where(first, c1, c3), xp.where(first, c0, c2))
     return xp.reshape(xp.stack([c0, c1, c2, c3], 1), (-1,))[:count]
 
 

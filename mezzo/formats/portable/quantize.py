@@ -45,7 +45,9 @@ def quantize(
     if isinstance(fmt, ScaledFormat):
         if any(isinstance(n, int) and n == 0 for n in shape):
             return from_bits(xp, raw, word, word.floating)
-        return from_bits(xp, round_groups(xp, raw, word, fmt, axis, rounding, overflow, words, scale), word, word.floating)
+        return from_bits(
+            xp, round_groups(xp, raw, word, fmt, axis, rounding, overflow, words, scale), word, word.floating
+        )
     if fmt is FLOAT64 and word is WORD32:
         raw, word = widen(xp, raw), WORD64
     y = round_elements(xp, raw, word, fmt, rounding, overflow, words)
