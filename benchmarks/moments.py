@@ -48,8 +48,8 @@ def one_run(arm: str, beta2: str, seed: int, steps: int, batch: int) -> dict[str
     from mezzo.torch.compact import stored_bytes
     from mezzo.train.assemble import make_optimizer, model_config, prepare_corpus
     from mezzo.train.config import load
-    from mezzo.train.loop import evaluate
     from mezzo.train.schedule import learning_rate
+    from mezzo.train.torch_steps import evaluate
 
     moments.NEVER_ZERO = () if arm.endswith("may be zero") else ("exp_avg_sq", "max_exp_avg_sq")
     config = load(None, [f"train.steps={steps}", f"train.batch={batch}"])

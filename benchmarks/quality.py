@@ -89,8 +89,8 @@ def one_run(arm: str, seed: int, steps: int) -> dict[str, Any]:
     from mezzo.torch import Phases, Precision
     from mezzo.train.assemble import make_optimizer, model_config, prepare_corpus
     from mezzo.train.config import load
-    from mezzo.train.loop import evaluate
     from mezzo.train.schedule import learning_rate
+    from mezzo.train.torch_steps import evaluate
 
     config = load(None, [f"train.steps={steps}", "train.batch=8"])
     t, corpus = config.train, prepare_corpus(config)
