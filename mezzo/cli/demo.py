@@ -95,8 +95,8 @@ def _train_both(config: Config, corpus: Any, console: Console) -> tuple[Session,
     from mezzo.models.gpt_torch import GPT
     from mezzo.observe.listener import RunObserver
     from mezzo.train.listeners import Listeners
-    from mezzo.train.loop import evaluate
     from mezzo.train.session import Session
+    from mezzo.train.torch_steps import evaluate
 
     listener = Listeners([Progress(console, "bf16"), RunObserver(whatif=(WHATIF,))])
     session = Session.start(config, time.strftime("runs/demo-%Y%m%d-%H%M%S"), listener, corpus)
@@ -187,7 +187,7 @@ def _formats(session: Session, console: Console) -> None:
     import itertools
 
     from mezzo.torch import helper
-    from mezzo.train.loop import evaluate
+    from mezzo.train.torch_steps import evaluate
 
     losses = {}
     console.print(f"\nrounding {helper.status()}")  # builds the helper, if that was not done on this machine

@@ -13,6 +13,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mezzo.train.auto import Choice
     from mezzo.train.config import Config
     from mezzo.train.listeners import Listener
     from mezzo.train.session import Session
@@ -25,6 +26,7 @@ INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, try again with --resume
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Replace one key of the config.")
 @click.option("--policy", metavar="POLICY", help="A recipe (see mezzo recipes) or a .toml file, rules on top.")
 @click.option("--data", metavar="PATH", help="File, folder or glob of text or JSON lines (.gz too), or stdlib.")
+@click.option("--framework", metavar="NAME", help="torch, jax or tensorflow; --resume may change it.")
 @click.option("--out", metavar="DIR", type=click.Path(file_okay=False), help="The run directory to make.")
 @click.option("--resume", metavar="DIR", type=click.Path(file_okay=False), help="Go on with this run.")
 def train(
@@ -32,6 +34,7 @@ def train(
     settings: tuple[str, ...],
     policy: str | None,
     data: str | None,
+    framework: str | None,
     out: str | None,
     resume: str | None,
 ) -> None:
@@ -45,19 +48,26 @@ def train(
       mezzo train --data book.txt --policy "bf16; head:*=float32" --out runs/book
       mezzo train config.toml --set train.steps=2000 --set model.layers=4
       mezzo train --resume runs/book --set train.steps=4000
+      mezzo train --resume runs/book --framework jax
     """
     from rich.console import Console
 
     from mezzo.errors import ConfigError
-    from mezzo.train.assemble import choose_device, prepare_corpus
     from mezzo.train.config import load
+    from mezzo.train.corpus import prepare_corpus
+    from mezzo.train.frameworks import check
     from mezzo.train.rundir import RunDir
     from mezzo.train.session import Session
     from mezzo.train.stored import read_config
 
     given = [*settings]
     keys = [setting.partition("=")[0].strip() for setting in settings]
-    for option, key, value in (("--policy", "policy", policy), ("--data", "data.corpus", data)):
+    short = (
+        ("--policy", "policy", policy),
+        ("--data", "data.corpus", data),
+        ("--framework", "train.framework", framework),
+    )
+    for option, key, value in short:
         if value is not None:
             if twice := [k for k in keys if k == key or k.startswith(f"{key}.")]:
                 raise ConfigError(f"{option} and --set {twice[0]} say the same thing; drop one of them")
@@ -75,11 +85,10 @@ def train(
             return
     else:
         chosen = load(config, given)
+        check(chosen)  # before text is prepared
         corpus = prepare_corpus(chosen, _stages(console))
         if config is None and not any(s.startswith(("model.", "train.steps")) for s in settings):
-            from mezzo.train.auto import choose
-
-            choice = choose(chosen, choose_device(chosen.train.device))
+            choice = _choice(chosen)
             chosen = choice.config
             console.print(f"chosen    {choice.reason}")
         out = out or time.strftime("runs/train-%Y%m%d-%H%M%S")
@@ -99,11 +108,26 @@ def train(
 def _listeners(config: Config, console: Console) -> Listener:
     """A line for people now and then, and the measures of `observe.*`."""
     from mezzo.cli.console import Progress
-    from mezzo.observe.listener import RunObserver
     from mezzo.train.listeners import Listeners
 
     o = config.observe
-    return Listeners([Progress(console), RunObserver(o.every, o.whatif, o.incidents)])
+    if config.train.framework == "torch":
+        from mezzo.observe.listener import RunObserver
+
+        return Listeners([Progress(console), RunObserver(o.interval, o.whatif, o.incidents)])
+    from mezzo.observe.records import RecordObserver
+
+    return Listeners([Progress(console), RecordObserver(o.incidents)])
+
+
+def _choice(config: Config) -> Choice:
+    from mezzo.train.auto import choose
+
+    if config.train.framework != "torch":
+        return choose(config, None)
+    from mezzo.train.assemble import choose_device
+
+    return choose(config, choose_device(config.train.device))
 
 
 def _path(session: Session) -> str:

@@ -141,7 +141,7 @@ def _of_run(checkpoint: Checkpoint, config: Config, model: GPT, count: int) -> l
 
     from mezzo.data.batches import Batches
     from mezzo.errors import DataError
-    from mezzo.train.assemble import prepare_corpus
+    from mezzo.train.corpus import prepare_corpus
 
     try:
         corpus = prepare_corpus(config)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mezzo.errors import RunError
-from mezzo.observe.incidents import LISTED_STEPS, MOST, Incident, Incidents, Watch
+from mezzo.observe.incidents import LISTED_STEPS, MOST, Incident, Incidents, Record, Watch
+from mezzo.observe.records import TEXT, Training, told
 from mezzo.policy import Policy
 from mezzo.policy.sample import Measured, Sample, ranked
 from mezzo.policy.site import Site
@@ -23,32 +21,8 @@ from mezzo.torch.observer import EVERY, Collector
 from mezzo.torch.suppose import SCALED
 from mezzo.torch.switch import undisturbed
 
-Record = dict[str, Any]
 LOG = "sites.jsonl"
 WORST = 40  # sites of an incident
-TEXT = 20_000  # characters of a traceback
-
-
-class Run(Protocol):
-    """What is needed of a run directory."""
-
-    @property
-    def path(self) -> Path: ...
-    def append(self, record: Record, log: str) -> None: ...
-    def records(self) -> list[Record]: ...
-
-
-class Training(Protocol):
-    """What is needed of a training: `losses(step)` gives a function for each micro-batch, which runs the model."""
-
-    @property
-    def precision(self) -> Precision: ...
-    @property
-    def run(self) -> Run: ...
-    @property
-    def message(self) -> Callable[[str], None]: ...
-    @property
-    def losses(self) -> Callable[[int], Sequence[Callable[[], Tensor]]]: ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +69,8 @@ class RunObserver:
     # --- the listener ---
 
     def attached(self, training: Training) -> None:
-        self.training, self.precision = training, training.precision
+        self.training = training
+        self.precision: Precision = training.precision
         self.watch = Watch(training.run.records())
         self.store = Incidents(training.run.path, self.most)
         self._done = self.precision.steps
@@ -115,7 +90,7 @@ class RunObserver:
         """
         sample = None if self.observer is None else self.observer.of(record["step"])
         if sample is not None:
-            with self._going_on():
+            with told(self.training.message):
                 self.training.run.append(sample.to_dict(), LOG)
         if not self.most:
             return
@@ -127,7 +102,7 @@ class RunObserver:
             if len(self._open.steps) < LISTED_STEPS:
                 self._open.steps.append(record["step"])
             self._open.last = record["step"]
-            with self._going_on():
+            with told(self.training.message):
                 self.store.keep(self._open)
         elif not self.watch.bad:
             self._open = None
@@ -137,7 +112,7 @@ class RunObserver:
         for incident in self._new:
             incident.phase = record.get("phase")
             if incident.phase is not None:
-                with self._going_on():
+                with told(self.training.message):
                     self.store.keep(incident)
         self._new = []
         self._done = record["step"]
@@ -225,16 +200,8 @@ class RunObserver:
                 delayed = dict(zip(scales.rows, start.delayed.tolist(), strict=False))
                 incident.rng = {"seed": scales.seed, "draws": int(start.draws)}
                 incident.scales = {"loss_scale": float(start.loss_scale), "delayed": delayed}
-        with self._going_on():
+        with told(self.training.message):
             self.store.keep(incident, rng)
-
-    @contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """What cannot be written, such as on a full disk, is told of and ends no training."""
-        try:
-            yield
-        except RunError as error:
-            self.training.message(f"NOT WRITTEN: {error}")
 
     def _again(self, step: int) -> Sample | None:
         """Run a step's forward and backward passes once more, uncompiled and measured; nothing of the training changes.

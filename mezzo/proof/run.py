@@ -20,6 +20,7 @@ from mezzo.train.listeners import Listener
 from mezzo.train.rundir import RunDir
 from mezzo.train.session import Session
 from mezzo.train.stored import read_config
+from mezzo.train.torch_engine import TorchEngine
 
 WHOLE = 10**9  # held-out batches: all that there are
 PERTURBATION = 1e-7  # of the control arm's gradients, relative (numerics.md, "Proof")
@@ -78,7 +79,9 @@ def run(job: Job) -> dict[str, Any]:
         session = Session.start(parse(job.config), job.path, Listener())
     try:
         if job.arm == "control":
-            session.trains = Perturbed(session.precision, session.config.train.seed)
+            engine = session.engine
+            assert isinstance(engine, TorchEngine), "arms() lets no other framework through"
+            engine.steps.precision = Perturbed(engine.precision, session.config.train.seed)
         here = _where(session)
         if job.where is not None and (changed := environment_differences(job.where, here)):
             raise RunError(
@@ -130,8 +133,11 @@ def arms(config: Config, policy: str | None, against: str) -> dict[str, Config]:
 
     policy    of the candidate; None: the config's own, with its phases. A named schedule of the config applies to it
     against   of the reference and of the control
-    raises    ConfigError if a policy cannot be parsed, or phases of the config name their own policies beside `policy`
+    raises    ConfigError if a policy cannot be parsed, or phases of the config name their own policies beside `policy`,
+              or the framework is not torch, under which gradients are perturbed
     """
+    if config.train.framework != "torch":
+        raise ConfigError(f"a parity proof trains under torch, not {config.train.framework}; leave train.framework out")
     data = config.model_dump(exclude_none=True)
     flat = {key: value for key, value in data.items() if key != "phase"}
     reference = parse(flat | {"policy": against})

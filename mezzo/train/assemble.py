@@ -1,35 +1,26 @@
-"""From a config to what a run is made of: text, device, the model's shape, optimizer, `Precision`, pruning."""
+"""From a config to what a torch run is made of: device, optimizer, `Precision`, pruning."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import platformdirs
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mezzo import hardware
-from mezzo.data.shards import Corpus, Progress, prepare
 from mezzo.errors import ConfigError
-from mezzo.models.shapes import GPTConfig, padded_vocab
 from mezzo.torch import Precision, Pruner
 from mezzo.train.config import Config
+from mezzo.train.corpus import model_config, prepare_corpus
 
-
-def prepare_corpus(config: Config, progress: Progress | None = None) -> Corpus:
-    """Token shards of the config's text, made on first use in the cache folder."""
-    d = config.data
-    cache = Path(d.cache) if d.cache else Path(platformdirs.user_cache_dir("mezzo")) / "corpora"
-    return prepare(
-        d.corpus,
-        cache,
-        vocab_size=d.vocab_size,
-        tokenizer_path=d.tokenizer,
-        valid_fraction=d.valid_fraction,
-        text_key=d.text_key,
-        progress=progress,
-    )
+__all__ = [
+    "choose_device",
+    "make_optimizer",
+    "make_precision",
+    "make_pruner",
+    "model_config",
+    "prepare_corpus",
+    "restore",
+]
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -41,18 +32,6 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "cuda" and kind == "cpu":
         raise ConfigError(f"train.device = 'cuda', but {why}; take device = 'cpu', or install a build of torch for it")
     return torch.device(kind if wanted == "auto" else wanted)
-
-
-def model_config(config: Config, corpus: Corpus) -> GPTConfig:
-    """The model's shape with room for the tokenizer's vocabulary.
-
-    raises    ConfigError if model.vocab_size is smaller than the vocabulary
-    """
-    need = corpus.tokenizer.vocab_size
-    given = config.model.vocab_size
-    if given is not None and given < need:
-        raise ConfigError(f"model.vocab_size = {given} is smaller than the tokenizer's {need}; leave it out to fit it")
-    return config.model.resolve(vocab_size=given or padded_vocab(need))
 
 
 def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from mezzo.models.gpt_torch import GPT
 from mezzo.models.shapes import GPTConfig, flops_per_token, parameter_count
 from mezzo.policy import Policy
-from mezzo.torch import Precision
 from mezzo.train.config import Config, ModelSection
+from mezzo.train.frameworks import make_engine
+
+if TYPE_CHECKING:
+    import torch
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022 (Chinchilla), arXiv 2203.15556: about where compute is best spent
 BUDGET = 600.0  # seconds
@@ -33,15 +36,23 @@ def shape_of(width: int, vocab_size: int, seq_len: int) -> GPTConfig:
     )
 
 
-def choose(base: Config, device: torch.device, budget: float = BUDGET) -> Choice:
+def choose(base: Config, device: torch.device | None, budget: float = BUDGET) -> Choice:
     """The largest model of the ladder that sees 20 tokens a parameter within `budget` seconds at the measured speed.
 
     base     policy, data and train settings that were given; they are kept
+    device   where torch trains; other frameworks choose it themselves
     """
     vocab_size, seq_len = base.data.vocab_size, 128
     policy = base.resolved_policy()
-    batch = base.train.batch if "batch" in base.train.model_fields_set else 16 if device.type == "cpu" else 64
-    flops = measured_flops(shape_of(128, vocab_size, seq_len), batch, policy, device)
+    batch = (
+        base.train.batch
+        if "batch" in base.train.model_fields_set
+        else 16
+        if device is None or device.type == "cpu"
+        else 64
+    )
+    shape = shape_of(128, vocab_size, seq_len)
+    flops = engine_flops(base, shape, batch) if device is None else measured_flops(shape, batch, policy, device)
     chosen, seconds = None, 0.0
     for width in _WIDTHS:
         shape = shape_of(width, vocab_size, seq_len)
@@ -71,6 +82,11 @@ def choose(base: Config, device: torch.device, budget: float = BUDGET) -> Choice
 
 def measured_flops(shape: GPTConfig, batch: int, policy: Policy, device: torch.device) -> float:
     """Useful operations per second in real training steps: the best of three after one to warm up."""
+    import torch
+
+    from mezzo.models.gpt_torch import GPT
+    from mezzo.torch import Precision
+
     model = GPT(replace(shape)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     precision = Precision(model, optimizer, policy)
@@ -80,5 +96,18 @@ def measured_flops(shape: GPTConfig, batch: int, policy: Policy, device: torch.d
         begin = time.perf_counter()
         precision.backward(model(idx[:, :-1], idx[:, 1:]))
         bool(precision.step().skipped)  # waits for the device
+        best = min(best, time.perf_counter() - begin)
+    return flops_per_token(shape) * batch * shape.seq_len / best
+
+
+def engine_flops(base: Config, shape: GPTConfig, batch: int) -> float:
+    """The same under any framework: the best of three steps after one that compiles."""
+    train = base.train.model_copy(update={"batch": batch, "accumulate": 1})
+    engine = make_engine(base.model_copy(update={"train": train, "phase": None}), shape)
+    idx = np.random.default_rng(0).integers(shape.vocab_size, size=(batch, shape.seq_len + 1))
+    best = float("inf")
+    for _ in range(4):
+        begin = time.perf_counter()
+        engine.step([(idx[:, :-1], idx[:, 1:])], 0.0).wait()
         best = min(best, time.perf_counter() - begin)
     return flops_per_token(shape) * batch * shape.seq_len / best

@@ -19,6 +19,7 @@ from mezzo.policy.trigger import trigger
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+SAMPLE_EVERY = 50  # observe.every, where the framework measures sites
 
 
 class _Section(BaseModel):
@@ -94,6 +95,7 @@ class TrainSection(_Section):
     checkpoint_activations: bool = False
     compile: bool = False
     tensorboard: bool = False
+    framework: Literal["torch", "jax", "tensorflow"] = "torch"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool | None = None
 
@@ -101,9 +103,16 @@ class TrainSection(_Section):
 class ObserveSection(_Section):
     """observe.*: what is measured of the sites while training, and what is kept of what goes wrong."""
 
-    every: Annotated[int, Field(ge=0)] = 50  # steps between two samples; 0: none
+    every: Annotated[int, Field(ge=0)] | None = (
+        None  # steps between two samples; 0: none; None: SAMPLE_EVERY, if it can
+    )
     whatif: tuple[str, ...] = ()  # further policies, measured at the same tensors
     incidents: Annotated[int, Field(ge=0)] = 20  # the most that are kept
+
+    @property
+    def interval(self) -> int:
+        """Steps between two samples under a framework that measures sites."""
+        return SAMPLE_EVERY if self.every is None else self.every
 
 
 class PhaseSection(_Section):

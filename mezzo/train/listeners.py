@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from mezzo.errors import require
-from mezzo.torch import Precision
+from mezzo.policy import Policy
 from mezzo.train.rundir import RunDir
 
 Record = dict[str, Any]
@@ -20,14 +18,17 @@ Record = dict[str, Any]
 class Training:
     """What trains, for listeners that measure.
 
-    message  tells people something
-    losses   step (1 is the first) → for each of its micro-batches a function that runs the uncompiled model on it
+    precision  the framework's own, such as a `mezzo.torch.Precision`
+    policy     gives the one at work now
+    message    tells people something
+    losses     step (1 is the first) → for each of its micro-batches a function that runs the uncompiled model on it
     """
 
-    precision: Precision
+    precision: Any
     run: RunDir
+    policy: Callable[[], Policy]
     message: Callable[[str], None]
-    losses: Callable[[int], Sequence[Callable[[], Tensor]]]
+    losses: Callable[[int], Sequence[Callable[[], Any]]]
 
 
 class Listens(Protocol):

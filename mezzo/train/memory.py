@@ -1,23 +1,29 @@
-"""Memory in use and at its peak, of the process on a CPU and of the allocator on a GPU."""
+"""Memory in use and at its peak, of the process on a CPU (None is one) and of torch's allocator on a GPU."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
-def in_use(device: torch.device) -> int:
+def in_use(device: torch.device | None = None) -> int:
     """Bytes: the process' resident memory, or what torch's allocator holds on the GPU."""
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
+        import torch
+
         return torch.cuda.memory_allocated(device)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device | None = None) -> None:
     """Start measuring the peak anew (on Linux, by clearing the high-water mark of the resident memory)."""
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
+        import torch
+
         torch.cuda.reset_peak_memory_stats(device)
     else:
         try:
@@ -26,9 +32,11 @@ def reset_peak(device: torch.device) -> None:
             return  # a container may forbid it: the peak is then that of the whole process
 
 
-def peak(device: torch.device) -> int:
+def peak(device: torch.device | None = None) -> int:
     """Bytes at the highest point since `reset_peak`."""
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):

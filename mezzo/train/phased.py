@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from mezzo.errors import ConfigError, RunError
-from mezzo.policy import Phase, Schedule
+from mezzo.policy import Phase, Policy, Schedule
 from mezzo.policy.trigger import Parts, Underflow, held_out
-from mezzo.torch import Phases, Precision
 from mezzo.train.config import Config
+from mezzo.train.engine import Engine, Pair
 from mezzo.train.listeners import Record
 from mezzo.train.rundir import RunDir
 from mezzo.train.stored import text_of
@@ -23,25 +22,25 @@ Curve = tuple[tuple[int, float], ...]  # (step, held-out loss) in order
 class PhasedRun:
     """A run's way through the phases of its config; a config without any is one phase.
 
-    loss, evaluate   as of `Phases`
+    probe, held_out  as of `Engine.phases`
     corpus           SHA-256 of the text, which references must share
     raises           ConfigError if a phase cannot be carried out; RunError if a reference cannot be read
     """
 
     def __init__(
         self,
-        precision: Precision,
+        engine: Engine,
         config: Config,
         corpus: str,
-        loss: Callable[[], Tensor],
-        evaluate: Callable[[], float],
+        probe: Callable[[], Pair],
+        held_out: Callable[[], Iterable[Pair]],
     ) -> None:
-        schedule = config.schedule() or Schedule((Phase(precision.policy),), config.train.steps)
+        schedule = config.schedule() or Schedule((Phase(engine.policy),), config.train.steps)
         self.several = len(schedule.phases) > 1
         if config.train.compile:
             _refuse_uncounted(schedule)
         self.references = reference_curves(schedule, corpus)
-        self.phases = Phases(precision, schedule.phases, schedule.steps, loss=loss, evaluate=evaluate)
+        self.phases = engine.phases(schedule, probe, held_out)
         self.lines = describe(schedule) if self.several else []
 
     @property
@@ -49,17 +48,9 @@ class PhasedRun:
         """Factor of the learning rate."""
         return self.phases.lr
 
-    @property
-    def calibrates(self) -> bool:
-        return self.phases.phase.calibrate
-
     def due(self, step: int) -> bool:
         """Whether the record of this step must be read before the next one begins: a phase may end after it."""
         return self.phases.phase.when is not None or self.phases.ends_at(step)
-
-    def warm(self) -> None:
-        """Compile every phase now."""
-        self.phases.warm()
 
     def after(self, record: Record) -> str | None:
         """Take note of a step's record and add to it; returns what a person should read on entering a phase."""
@@ -81,13 +72,10 @@ class PhasedRun:
         when = self.phases.phase.when or "its end"
         return f"the run ended in phase {self.phases.number} of {len(self.lines)}: {when} never came"
 
-    def routes(self) -> dict[str, str]:
-        """Format → route, of every phase."""
-        precision = self.phases.precision
-        found: dict[str, str] = {}
-        for phase in self.phases.schedule.phases:
-            found |= precision.routes_of(phase.policy)
-        return dict(sorted(found.items()))
+    @property
+    def policies(self) -> list[Policy]:
+        """Of every phase, in order."""
+        return [phase.policy for phase in self.phases.schedule.phases]
 
     # --- checkpoints ---
 

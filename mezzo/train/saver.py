@@ -5,53 +5,31 @@ The form of a checkpoint, and how it is read, stand in mezzo.train.checkpoint.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from mezzo.errors import CheckpointError, ConfigError, RunError
 from mezzo.storage import fsync_folder, to_json
+from mezzo.train.arrays import DTYPES, Groups, write_file
 from mezzo.train.checkpoint import MANIFEST_VERSION, body_hash, check_meta, entries, read, read_manifest
 from mezzo.train.rundir import RunDir
 
 __all__ = ["BackgroundSaver", "Groups", "check_groups", "save"]
 
-Groups = Mapping[str, Mapping[str, Tensor]]
-
 _log = logging.getLogger(__name__)
-_CHUNK = 1 << 24  # bytes hashed and written at once
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-# Names of the safetensors format, see https://github.com/huggingface/safetensors#format
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.bool: "BOOL",
-}
 
 
 def save(run: RunDir, step: int, groups: Groups, meta: Mapping[str, Any], *, keep: int) -> Path:
@@ -59,11 +37,11 @@ def save(run: RunDir, step: int, groups: Groups, meta: Mapping[str, Any], *, kee
 
     run       RunDir, locked
     step      optimizer steps taken, 0 or more; a checkpoint of the same step is replaced, later ones are set aside
-    groups    group → name → tensor, on any device, of any strides; each group becomes one file
+    groups    group → name → array, or what becomes one (see `Array`), of any strides; each group becomes one file
     meta      plain data kept in the manifest (see `to_json`)
     keep      how many checkpoints to keep, this one included; 1 or more
     returns   the checkpoint's folder
-    raises    ConfigError for a bad `keep` or `step`; RunError if the run is not locked; CheckpointError if a tensor
+    raises    ConfigError for a bad `keep` or `step`; RunError if the run is not locked; CheckpointError if an array
               or meta cannot be kept, or writing failed (then the older checkpoints are as they were)
     """
     check_arguments(run, step, groups, keep)
@@ -107,7 +85,7 @@ class BackgroundSaver:
         self._on_saved = on_saved
         self._on_failure = on_failure
         self._thread: threading.Thread | None = None
-        self._buffers: dict[str, dict[str, Tensor]] = {}
+        self._buffers: dict[str, dict[str, NDArray[Any]]] = {}
         self._error: CheckpointError | None = None
         self._closed = False
 
@@ -119,7 +97,7 @@ class BackgroundSaver:
     def submit(self, step: int, groups: Groups, meta: Mapping[str, Any]) -> None:
         """Copy the state and have it written; waits first if a save is still running.
 
-        step, groups, meta   as for `save`; the tensors may change as soon as this returns
+        step, groups, meta   as for `save`; the arrays may change as soon as this returns
         raises               what `save` raises for arguments that cannot be kept; RunError after `close`
         """
         if self._closed:
@@ -156,13 +134,14 @@ class BackgroundSaver:
 
     def _snapshot(self, groups: Groups) -> None:
         old, self._buffers = self._buffers, {}
-        for group, tensors in groups.items():
+        for group, arrays in groups.items():
             buffers = self._buffers[group] = {}
-            for name, tensor in tensors.items():
+            for name, array in arrays.items():
                 buffer = old.get(group, {}).get(name)
-                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                buffers[name] = buffer.copy_(tensor.detach())
+                if buffer is None or buffer.shape != array.shape or buffer.dtype != array.dtype:
+                    buffer = np.empty(array.shape, array.dtype)
+                np.copyto(buffer, np.asarray(array))
+                buffers[name] = buffer
 
     def _write(self, step: int, meta: dict[str, Any]) -> None:
         try:
@@ -200,21 +179,20 @@ def check_arguments(run: RunDir, step: int, groups: Groups, keep: int) -> None:
 
 
 def check_groups(groups: Groups) -> None:
-    """Raise CheckpointError unless every group has a usable name and every tensor can be kept."""
-    for group, tensors in groups.items():
+    """Raise CheckpointError unless every group has a usable name and every array can be kept."""
+    for group, arrays in groups.items():
         if not _GROUP.fullmatch(group):
             raise CheckpointError(f"{group!r} cannot name a group: use letters, digits, '_', '-' and '.'")
-        for name, tensor in tensors.items():
+        for name, array in arrays.items():
             what = f"{group}: {name}"
-            if not isinstance(tensor, Tensor):
-                raise CheckpointError(f"{what} is a {type(tensor).__name__}, not a tensor: plain data goes into meta")
+            dtype = getattr(array, "dtype", None)
+            if not isinstance(dtype, np.dtype):
+                raise CheckpointError(f"{what} is a {type(array).__name__}, not an array: plain data goes into meta")
             if name == "__metadata__":
                 raise CheckpointError(f"{what}: the safetensors format reserves this name")
-            if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
-                raise CheckpointError(f"{what} is not a dense tensor with data ({tensor.layout}, {tensor.device})")
-            if tensor.dtype not in _DTYPES:
-                possible = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-                raise CheckpointError(f"{what} is {tensor.dtype}, which cannot be kept; possible: {possible}")
+            if dtype not in DTYPES:
+                possible = ", ".join(known.name for known in DTYPES)
+                raise CheckpointError(f"{what} is {dtype}, which cannot be kept; possible: {possible}")
 
 
 def _commit(run: RunDir, step: int, groups: Groups, meta: dict[str, Any]) -> Path:
@@ -227,8 +205,8 @@ def _commit(run: RunDir, step: int, groups: Groups, meta: dict[str, Any]) -> Pat
     try:
         temporary.mkdir()
         files = {}
-        for group, tensors in groups.items():
-            size, digest = _write_tensors(temporary / f"{group}.safetensors", tensors)
+        for group, arrays in groups.items():
+            size, digest = write_file(temporary / f"{group}.safetensors", arrays)
             files[f"{group}.safetensors"] = {"bytes": size, "sha256": digest}
         body = {"version": MANIFEST_VERSION, "step": step, "files": files, "meta": meta}
         with open(temporary / "manifest.json", "xb") as file:
@@ -245,41 +223,6 @@ def _commit(run: RunDir, step: int, groups: Groups, meta: dict[str, Any]) -> Pat
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write one safetensors file, hashing what goes out; returns its size and SHA-256.
-
-    Written here rather than by the library because the hash must be of what was meant, not of what is read back, and
-    because an error must keep its errno. Without a copy of the state: at most one tensor is copied at a time.
-    """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
-    header, end = {}, 0
-    for name in order:
-        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        header[name] = {
-            "dtype": _DTYPES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
-    with open(path, "xb") as file:
-        for chunk in _chunks(len(head).to_bytes(8, "little") + head, order, tensors):
-            digest.update(chunk)
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return len(head) + 8 + end, digest.hexdigest()
-
-
-def _chunks(head: bytes, order: list[str], tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    yield head
-    for name in order:
-        data = tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
-        for start in range(0, len(data), _CHUNK):
-            yield data[start : start + _CHUNK]
 
 
 def _set_aside(final: Path) -> None:

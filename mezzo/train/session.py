@@ -13,34 +13,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
-from mezzo import hardware
 from mezzo.data.batches import Batches, bits_per_byte, valid_batches
 from mezzo.data.shards import Corpus
 from mezzo.errors import CheckpointError, NonfiniteError, RunError
-from mezzo.models.gpt_torch import GPT
-from mezzo.models.sampling import generate
 from mezzo.models.shapes import flops_per_token, parameter_count
-from mezzo.policy import Policy
-from mezzo.policy.site import ROOT
-from mezzo.torch import CONTRACT
-from mezzo.train import memory
-from mezzo.train.assemble import choose_device, make_optimizer, make_precision, model_config, prepare_corpus, restore
-from mezzo.train.checkpoint import (
-    Checkpoint,
-    copy_into,
-    environment,
-    environment_differences,
-    load_optimizer,
-    newest,
-    optimizer_tensors,
-)
+from mezzo.train.arrays import Groups
+from mezzo.train.checkpoint import Checkpoint, environment_differences, newest
 from mezzo.train.config import Config
+from mezzo.train.corpus import model_config, prepare_corpus
+from mezzo.train.engine import Pair
+from mezzo.train.frameworks import make_engine
 from mezzo.train.listeners import Listeners, Listens, Record, RunLog, TensorBoard, Training
-from mezzo.train.loop import Loop, Trains, evaluate
+from mezzo.train.loop import Loop
 from mezzo.train.phased import PhasedRun
-from mezzo.train.preview import advice
 from mezzo.train.rundir import RunDir
 from mezzo.train.saver import BackgroundSaver, save
 from mezzo.train.schedule import learning_rate
@@ -52,6 +37,7 @@ SAMPLE_TOKENS = 64
 class Session:
     """Everything a run is made of, ready to train; `start` or `resume` makes one.
 
+    engine    the framework's side of it
     run       RunDir, locked
     first     the step that comes next
     """
@@ -59,40 +45,40 @@ class Session:
     def __init__(self, config: Config, run: RunDir, corpus: Corpus, listener: Listens) -> None:
         t = config.train
         self.config, self.run, self.corpus = config, run, corpus
-        self.device = choose_device(t.device)
         self.shape = model_config(config, corpus)
         self.batches = Batches(
             corpus.train, batch=t.batch, seq_len=self.shape.seq_len, seed=t.seed, vocab_size=corpus.tokenizer.vocab_size
         )
         self.valid()  # a split shorter than a sequence is an error now, not at the first evaluation
-        self.advice = advice(config, self.device)  # what cannot train is an error before anything is made
-        self.peak_flops = hardware.measure_peak(self.device.type)
-        memory.reset_peak(self.device)
-        self.resting = memory.in_use(self.device)
-        generator = torch.Generator().manual_seed(t.seed)
-        self.model = GPT(self.shape, generator=generator, checkpoint_activations=t.checkpoint_activations)
-        self.model.to(self.device)
-        self.optimizer = make_optimizer(self.model, config)
-        self.precision = make_precision(self.model, self.optimizer, config)
-        for asked in config.observe.whatif:  # a rule that matches nothing is an error now
-            Policy.of(asked).check_paths([path or ROOT for path, _ in self.model.named_modules()])
-        self.trains: Trains = self.precision  # what the loop steps with
+        self.engine = make_engine(config, self.shape)
         self.first = 0
-        self._running: Any = self.model
         self._entered: str | None = None  # told after the record of the step before it
-        self.phased = PhasedRun(self.precision, config, corpus.sha256, self._probe, self._held_out)
+        self.phased = PhasedRun(self.engine, config, corpus.sha256, self._probe, self.valid)
         tensorboard = [TensorBoard(run.path / "tensorboard")] if t.tensorboard else []
         self.listener = Listeners([RunLog(run), *tensorboard, listener])
-        self._outer_determinism = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(
-            t.deterministic if t.deterministic is not None else self.device.type == "cpu"
-        )
-        self.environment = environment(
-            device=self.device, route=self.phased.routes(), contract=CONTRACT, compile=t.compile
-        )
-        torch.manual_seed(t.seed)  # only now: nothing above may move what training draws from
+        self.engine.ready()  # only now: nothing above may move what training draws from
+        self.routes = self.engine.routes(self.phased.policies)
+        self.environment = self.engine.environment(self.routes)
         self._stopping = False
         self._valid_bytes: dict[int, int] = {}  # by tokens evaluated
+
+    @property
+    def device(self) -> Any:
+        """Where it trains."""
+        return self.engine.device
+
+    @property
+    def model(self) -> Any:
+        """The framework's own, as are `optimizer` and `precision`."""
+        return self.engine.model
+
+    @property
+    def optimizer(self) -> Any:
+        return self.engine.optimizer
+
+    @property
+    def precision(self) -> Any:
+        return self.engine.precision
 
     # --- starting ---
 
@@ -148,17 +134,21 @@ class Session:
         missing = [key for key in ("optimizer", "environment", "policy") if key not in meta]
         if missing:
             raise CheckpointError(f"{checkpoint.path} was not written by `mezzo train`: it has no {', '.join(missing)}")
-        copy_into(self.model.state_dict(), checkpoint.load_group("model"), "model")
-        load_optimizer(self.optimizer, checkpoint.load_group("optimizer"), meta["optimizer"])
         if changed := self.phased.load(meta.get("phases"), checkpoint.step):
             self.listener.message(changed)
-        for message in restore(self.precision, checkpoint.load_group("precision"), meta["policy"]):
+        for message in self.engine.load(checkpoint.load_group, checkpoint.groups, meta):
             self.listener.message(message)
-        torch.set_rng_state(checkpoint.load_group("rng")["torch"])
         self.first = checkpoint.step
-        for difference in environment_differences(meta["environment"], self.environment):
-            if meta["policy"] == str(self.precision.policy) or not difference.startswith("route."):
+        for difference in self._differences(meta["environment"]):
+            if meta["policy"] == str(self.engine.policy) or not difference.startswith("route."):
                 self.listener.message(f"this resume is not bitwise: {difference}")
+
+    def _differences(self, saved: dict[str, Any]) -> list[str]:
+        """Why the resume is not bitwise; of another framework everything is other, and its name says so."""
+        then, now = {"framework": "torch"} | saved, self.environment  # once there was no other, and no such key
+        if then["framework"] != now["framework"]:
+            return environment_differences({"framework": then["framework"]}, {"framework": now["framework"]})
+        return environment_differences(then, now)
 
     # --- training ---
 
@@ -174,28 +164,25 @@ class Session:
             on_saved=lambda step, path: self.listener.message(f"saved {path}"),
             on_failure=lambda step, error: self.listener.message(f"NOT SAVED: {error}"),
         )
-        if t.compile:
-            self._running = torch.compile(self.model)
-            self.phased.warm()  # every phase is compiled before the first step
+        self.engine.warm()
         loop = Loop(
-            model=self._run_model,
-            precision=self.trains,
-            optimizer=self.optimizer,
+            engine=self.engine,
             batch_at=lambda step, micro: self.batches.batch_at(step, micro, t.accumulate),
             rate_at=self._rate,
             listener=self.listener,
-            device=self.device,
             accumulate=t.accumulate,
             flops_per_token=flops_per_token(self.shape),
-            peak_flops=self.peak_flops,
-            resting=self.resting,
+            peak_flops=self.engine.peak_flops,
             each_step=lambda step, record: self._each_step(step, record, saver),
             due=self._due,
             stop=lambda: self._stopping,
         )
         outcome = "failed"
         try:
-            self.listener.attached(Training(self.precision, self.run, self.listener.message, self._losses))
+            engine = self.engine
+            self.listener.attached(
+                Training(engine.precision, self.run, lambda: engine.policy, self.listener.message, self._losses)
+            )
             self.listener.started(self.info())
             with self._signals():
                 for record in loop.run(self.first, t.steps):
@@ -217,29 +204,18 @@ class Session:
             self.listener.ended(outcome)
             self.close()
 
-    def _run_model(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The loss; uncompiled while a phase calibrates, since compiled code tells of no rounding."""
-        return (self.model if self.phased.calibrates else self._running)(x, y)  # type: ignore[no-any-return]
-
-    def _losses(self, step: int) -> list[Callable[[], torch.Tensor]]:
+    def _losses(self, step: int) -> list[Callable[[], Any]]:
         """For each micro-batch of a step (1 is the first) a function that runs the uncompiled model on it."""
         count = self.config.train.accumulate
 
-        def loss(micro: int) -> torch.Tensor:
-            arrays = self.batches.batch_at(step - 1, micro, count)
-            x, y = (torch.from_numpy(a).to(self.device) for a in arrays)
-            return self.model(x, y)  # type: ignore[no-any-return]
+        def loss(micro: int) -> Any:
+            return self.engine.loss(self.batches.batch_at(step - 1, micro, count))
 
         return [functools.partial(loss, micro) for micro in range(count)]
 
-    def _probe(self) -> torch.Tensor:
-        """The loss of the next step's first batch."""
-        arrays = self.batches.batch_at(self.first, 0, self.config.train.accumulate)
-        x, y = (torch.from_numpy(a).to(self.device) for a in arrays)
-        return self._running(x, y)  # type: ignore[no-any-return]
-
-    def _held_out(self) -> float:
-        return evaluate(self.model, self.valid(), self.device)[0]
+    def _probe(self) -> Pair:
+        """The next step's first batch."""
+        return self.batches.batch_at(self.first, 0, self.config.train.accumulate)
 
     def _rate(self, step: int) -> float:
         t = self.config.train
@@ -265,14 +241,14 @@ class Session:
                 self.listener.message(f"no sample: {error}")
         self._entered = self.phased.after(record)
         if step % t.checkpoint_every == 0 and not last:
-            if damaged := self._damaged():
+            if damaged := self.engine.damaged():
                 self.listener.message(f"NOT SAVED at step {step:,}: {damaged} is not finite; older checkpoints stay")
             else:
                 saver.submit(step, *self._state())
 
     def _save_last(self, saver: BackgroundSaver) -> None:
         saver.close()
-        if damaged := self._damaged():
+        if damaged := self.engine.damaged():
             what = f"after step {self.first:,} the weights themselves are not finite, first {damaged}"
             raise NonfiniteError(f"{what}; lower the learning rate, and go on from the newest checkpoint with --resume")
         path = save(self.run, self.first, *self._state(), keep=self.config.train.keep)
@@ -285,28 +261,18 @@ class Session:
         except (CheckpointError, NonfiniteError) as error:
             self.listener.message(f"NOT SAVED: {error}")
 
-    def _damaged(self) -> str | None:
-        """The first parameter that is not finite: such weights must not take a good checkpoint's place."""
-        return next((name for name, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())), None)
-
-    def _state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-        optimizer, meta = optimizer_tensors(self.optimizer)
-        groups = {
-            "model": self.model.state_dict(),
-            "optimizer": optimizer,
-            "precision": self.precision.state_dict(),
-            "rng": {"torch": torch.get_rng_state()},
-        }
+    def _state(self) -> tuple[Groups, dict[str, Any]]:
+        groups, meta = self.engine.state()
         return groups, {
-            "optimizer": meta,
+            **meta,
             "environment": self.environment,
             "corpus": self.corpus.sha256,
-            "policy": str(self.precision.policy),
+            "policy": str(self.engine.policy),
             "phases": self.phased.state(),
             "saved_at": time.time(),
         }
 
-    def valid(self, batches: int | None = None) -> Iterator[Any]:
+    def valid(self, batches: int | None = None) -> Iterator[Pair]:
         """The held-out batches of an evaluation, always the same ones; those of the config if no number is given."""
         t = self.config.train
         return valid_batches(self.corpus.valid, t.batch, self.shape.seq_len, batches or t.eval_batches)
@@ -316,9 +282,8 @@ class Session:
 
         batches   how many; those of the config by default
         """
-        under, _ = evaluate(self.model, self.valid(batches), self.device)
-        with self.precision.using("fp32"):
-            in_fp32, tokens = evaluate(self.model, self.valid(batches), self.device)
+        under, _ = self.engine.evaluate(self.valid(batches))
+        in_fp32, tokens = self.engine.evaluate(self.valid(batches), "fp32")
         if tokens not in self._valid_bytes:
             lengths = self.corpus.tokenizer.byte_lengths()
             if lengths is None:
@@ -336,15 +301,8 @@ class Session:
         """A continuation of `prompt`; draws from its own generator, so training is not disturbed."""
         tokenizer = self.corpus.tokenizer
         ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
-        self.model.eval()
-        try:
-            drawn = generate(
-                self.model, ids, max_new_tokens=tokens, temperature=0.8, top_k=50, seed=seed,
-                eot=tokenizer.eot, vocab_size=tokenizer.vocab_size,
-            )  # fmt: skip
-            return prompt + tokenizer.decode(list(drawn))
-        finally:
-            self.model.train()
+        drawn = self.engine.sample(ids, tokens=tokens, seed=seed, eot=tokenizer.eot, vocab_size=tokenizer.vocab_size)
+        return prompt + tokenizer.decode(list(drawn))
 
     def info(self) -> Record:
         """What a person wants to know before the first step."""
@@ -356,16 +314,16 @@ class Session:
             "first_step": self.first,
             "parameters": parameter_count(self.shape),
             "tokens": tokens,
-            "policy": str(self.precision.policy),
+            "policy": str(self.engine.policy),
             "phases": self.phased.lines,
-            "device": str(self.device),
-            "routes": self.phased.routes(),
+            "device": str(self.engine.device),
+            "routes": self.routes,
             "corpus": self.corpus.sha256,
             "train_tokens": len(self.corpus.train),
             "valid_tokens": len(self.corpus.valid),
             "invalid_utf8": self.corpus.manifest["invalid_utf8"],
             "skipped_files": self.corpus.manifest["skipped"],
-            "advice": self.advice,
+            "advice": self.engine.advice,
         }
 
     @contextmanager
@@ -399,7 +357,7 @@ class Session:
 
     def close(self) -> None:
         """Let go of the run directory; training can be resumed from it."""
-        torch.use_deterministic_algorithms(self._outer_determinism)
+        self.engine.close()
         self.run.close()
 
 

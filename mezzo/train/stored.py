@@ -6,17 +6,18 @@ import json
 import os
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mezzo import hardware
 from mezzo.data.shards import Corpus
 from mezzo.data.tokenizer import Tokenizer
 from mezzo.errors import ConfigError, MezzoError, RunError
-from mezzo.models.gpt_torch import GPT
-from mezzo.torch import Precision
-from mezzo.train.checkpoint import Checkpoint, copy_into, newest
+from mezzo.train.checkpoint import Checkpoint, newest
 from mezzo.train.config import Config, parse
 from mezzo.train.rundir import RunDir
+
+if TYPE_CHECKING:
+    from mezzo.models.gpt_torch import GPT
+    from mezzo.torch import Precision
 
 TOKENIZER = "tokenizer.json"
 CORPUS = "corpus.json"
@@ -126,8 +127,13 @@ def load_run(path: str | Path, policy: str | None = None) -> tuple[GPT, Tokenize
 
 def load_checkpoint(checkpoint: Checkpoint, config: Config, policy: str | None = None) -> tuple[GPT, Precision]:
     """The model of a checkpoint, for reading; arguments and errors as of `load_run`."""
+    from mezzo import hardware
+    from mezzo.models.gpt_torch import GPT
+    from mezzo.torch import Precision
+    from mezzo.train.torch_state import as_tensors, copy_into
+
     model = GPT(config.model.resolve())
-    weights = checkpoint.load_group("model")
+    weights = as_tensors(checkpoint.load_group("model"))
     for name, parameter in model.named_parameters():
         if name in weights and weights[name].is_floating_point():
             parameter.data = parameter.data.to(weights[name].dtype)  # float64 masters are stored as such

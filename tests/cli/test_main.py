@@ -23,7 +23,7 @@ OPTIONS = {
     "recipes": ["NAME", "--json"],
     "report": ["RUNS", "--out", "--live", "--port", "--lang"],
     "sites": ["SOURCE", "--policy", "--json"],
-    "train": ["CONFIG", "--set", "--policy", "--data", "--out", "--resume"],
+    "train": ["CONFIG", "--set", "--policy", "--data", "--framework", "--out", "--resume"],
     "whatif": ["SOURCE", "--policy", "--batches", "--batch", "--config", "--spare", "--all", "--json"],
 }
 

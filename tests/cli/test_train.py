@@ -225,7 +225,7 @@ def test_a_full_disk_at_the_end_is_an_error_with_the_reason(
     def full(*arguments: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("mezzo.train.saver._write_tensors", full)
+    monkeypatch.setattr("mezzo.train.saver.write_file", full)
     done = mezzo("train", config, "--out", "run", "--set", "train.checkpoint_every=2")
     refused(done, "the checkpoint of step 4 was not saved in run/checkpoints: No space left on device")
     assert "NOT SAVED: the checkpoint of step 2 was not saved" in done.out
@@ -268,3 +268,15 @@ def test_tensorboard_without_its_package_says_how_to_install_it(
         done,
         r"train.tensorboard needs the package 'tensorboardX', which is not installed; run: pip install tensorboardX",
     )
+
+
+# --- frameworks ---
+
+
+def test_the_framework_is_one_key_of_the_config_and_what_it_lacks_is_an_error(mezzo: Mezzo, config: str) -> None:
+    both = mezzo("train", config, "--framework", "jax", "--set", "train.framework=jax")
+    refused(both, "--framework and --set train.framework say the same thing; drop one of them")
+    refused(mezzo("train", config, "--framework", "mxnet"), r"train.framework: .*'torch', 'jax' or 'tensorflow'")
+    lacking = mezzo("train", config, "--framework", "jax", "--set", "train.prune=magnitude", "--out", "run")
+    refused(lacking, r"jax cannot carry out train.prune \(set it to 'none'\); or take --framework torch")
+    assert not Path("run").exists()

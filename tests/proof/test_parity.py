@@ -25,6 +25,7 @@ from mezzo.train.checkpoint import newest
 from mezzo.train.config import Config
 from mezzo.train.listeners import Listener
 from mezzo.train.session import Session
+from mezzo.train.torch_state import as_tensors
 
 Small = Callable[..., Config]
 CLOCK = ("seconds",)
@@ -44,7 +45,7 @@ def prove(
 def weights(run_directory: Path) -> list[torch.Tensor]:
     checkpoint, problems = newest(run_directory)
     assert checkpoint is not None, problems
-    return list(checkpoint.load_group("model").values())
+    return list(as_tensors(checkpoint.load_group("model")).values())
 
 
 def timeless(result: dict[str, Any]) -> dict[str, Any]:

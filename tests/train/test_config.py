@@ -35,6 +35,7 @@ EVERY: dict[str, Any] = {
         "checkpoint_every": 2, "keep": 5,
         "eval_every": 3, "eval_batches": 4, "sample_every": 6, "sample_prompt": "\"ein\"\nmal 春", "device": "cpu",
         "checkpoint_activations": True, "compile": True, "tensorboard": True, "deterministic": False,
+        "framework": "jax",
     },
 }  # fmt: skip
 

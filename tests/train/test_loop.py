@@ -12,7 +12,8 @@ from tiny_runs import Heard
 from torch import Tensor, nn
 
 from mezzo.torch import Precision
-from mezzo.train.loop import Loop, evaluate
+from mezzo.train.loop import Loop
+from mezzo.train.torch_steps import TorchSteps, evaluate
 
 CPU = torch.device("cpu")
 
@@ -37,9 +38,9 @@ def batch_at(step: int, micro: int) -> tuple[np.ndarray[Any, Any], np.ndarray[An
 def make(steps_seen: list[int] | None = None, **changes: Any) -> tuple[Loop, Heard, Bigram]:
     model, heard = Bigram(), Heard()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    steps = TorchSteps(model, Precision(model, optimizer, "fp32"), optimizer, CPU, changes.get("accumulate", 1))
     options: dict[str, Any] = {
-        "model": model, "precision": Precision(model, optimizer, "fp32"), "optimizer": optimizer, "batch_at": batch_at,
-        "rate_at": lambda step: 0.5, "listener": heard, "device": CPU,
+        "engine": steps, "batch_at": batch_at, "rate_at": lambda step: 0.5, "listener": heard,
     } | changes  # fmt: skip
     return Loop(**options), heard, model
 

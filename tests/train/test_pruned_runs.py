@@ -26,7 +26,7 @@ def zeros(path: Path) -> dict[str, float]:
     """Parameter → share of zeros in the newest checkpoint."""
     checkpoint, _ = newest(path)
     assert checkpoint is not None
-    return {name: float((w == 0).float().mean()) for name, w in checkpoint.load_group("model").items()}
+    return {name: float((w == 0).mean()) for name, w in checkpoint.load_group("model").items()}
 
 
 def resumed(path: Path, *settings: str, heard: Heard | None = None) -> Session:

@@ -8,16 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import OVERFLOWING, Heard, Tiny, assert_same_state, logged, saved, train, write_text
 
 from mezzo.errors import CheckpointError, MezzoError, RunError
+from mezzo.train.arrays import Named
 from mezzo.train.checkpoint import newest
 from mezzo.train.rundir import RunDir
 from mezzo.train.saver import save
 from mezzo.train.session import Session
 from mezzo.train.stored import load_run, read_config
+from mezzo.train.torch_state import as_arrays
 
 
 def resumed(path: Path, *, heard: Heard | None = None, **changes: Any) -> Session:
@@ -93,7 +96,7 @@ def test_when_no_checkpoint_is_good_nothing_is_trained_over_it(tmp_path: Path, t
     assert [record["step"] for record in logged(tmp_path / "run")] == [1, 2]
 
 
-def _rewrite(path: Path, change: Callable[[dict[str, dict[str, torch.Tensor]]], None]) -> None:
+def _rewrite(path: Path, change: Callable[[dict[str, Named]], None]) -> None:
     """Save the newest checkpoint anew with other tensors: its manifest verifies."""
     checkpoint, _ = newest(path)
     assert checkpoint is not None
@@ -103,16 +106,16 @@ def _rewrite(path: Path, change: Callable[[dict[str, dict[str, torch.Tensor]]], 
         save(run, checkpoint.step, groups, checkpoint.meta, keep=1)
 
 
-def _miss(groups: dict[str, dict[str, torch.Tensor]]) -> None:
+def _miss(groups: dict[str, Named]) -> None:
     del groups["model"]["norm.weight"]
 
 
-def _add(groups: dict[str, dict[str, torch.Tensor]]) -> None:
-    groups["model"]["blocks.9.norm1.weight"] = torch.zeros(3)
+def _add(groups: dict[str, Named]) -> None:
+    groups["model"]["blocks.9.norm1.weight"] = np.zeros(3, np.float32)
 
 
-def _spoil(groups: dict[str, dict[str, torch.Tensor]]) -> None:
-    groups["model"]["norm.weight"] = torch.zeros(31)
+def _spoil(groups: dict[str, Named]) -> None:
+    groups["model"]["norm.weight"] = np.zeros(31, np.float32)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +138,7 @@ def test_a_missing_extra_or_wrong_tensor_is_named(tmp_path: Path, tiny: Tiny, ch
 
 def test_a_checkpoint_of_another_program_is_refused(tmp_path: Path, tiny: Tiny) -> None:
     session = Session.start(tiny("train.steps=1"), tmp_path / "run", Heard())
-    save(session.run, 7, {"model": session.model.state_dict()}, {}, keep=1)
+    save(session.run, 7, {"model": as_arrays(session.model.state_dict())}, {}, keep=1)
     session.close()
     with pytest.raises(CheckpointError, match="not written by `mezzo train`: it has no optimizer, environment, policy"):
         resumed(tmp_path / "run")

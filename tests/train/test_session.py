@@ -123,7 +123,7 @@ def test_what_is_said_before_the_first_step_adds_up(tmp_path: Path, tiny: Tiny) 
     assert session.shape.vocab_size == padded_vocab(session.corpus.tokenizer.vocab_size)
     record = heard.records[0]
     assert record["mfu"] == pytest.approx(
-        flops_per_token(session.shape) * record["tokens_per_s"] / session.peak_flops, rel=1e-12
+        flops_per_token(session.shape) * record["tokens_per_s"] / session.engine.peak_flops, rel=1e-12
     )
 
 
@@ -202,7 +202,7 @@ def test_a_sample_that_cannot_be_drawn_does_not_end_the_training(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise NonfiniteError("the logits are NaN")
 
-    monkeypatch.setattr("mezzo.train.session.generate", fail)
+    monkeypatch.setattr("mezzo.train.torch_engine.generate", fail)
     heard = Heard()
     train(Session.start(tiny("train.sample_every=3"), tmp_path / "run", heard))
     assert heard.messages.count("no sample: the logits are NaN") == 2
@@ -221,7 +221,7 @@ def _write_by(monkeypatch: pytest.MonkeyPatch, write: Any) -> None:
     for thread in threading.enumerate():
         if thread.name.startswith("mezzo-save-"):
             thread.join()
-    monkeypatch.setattr(saver, "_write_tensors", write)
+    monkeypatch.setattr(saver, "write_file", write)
 
 
 def test_a_disk_that_is_full_for_a_while_is_loud_and_training_goes_on(
@@ -229,7 +229,7 @@ def test_a_disk_that_is_full_for_a_while_is_loud_and_training_goes_on(
 ) -> None:
     heard = Heard()
     session = Session.start(tiny("train.steps=8", "train.checkpoint_every=2"), tmp_path / "run", heard)
-    write = saver._write_tensors
+    write = saver.write_file
     train(
         session,
         meanwhile={
@@ -263,7 +263,7 @@ def test_a_full_disk_does_not_hide_why_training_failed(
     heard = Heard()
     policy = "fp16; loss_scale=dynamic; loss_scale.init=16777216; loss_scale.floor=16777216; loss_scale.patience=2"
     session = Session.start(tiny(policy=policy), tmp_path / "run", heard)
-    monkeypatch.setattr(saver, "_write_tensors", _full_disk)
+    monkeypatch.setattr(saver, "write_file", _full_disk)
     with pytest.raises(NonfiniteError):
         train(session)
     assert "No space left on device" in heard.messages[-1]

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
+from mezzo.train.arrays import bytes_of
 from mezzo.train.checkpoint import newest
 from mezzo.train.config import Config
 from mezzo.train.listeners import Listener
@@ -79,14 +81,14 @@ def logged(path: Path) -> list[dict[str, Any]]:
     return without_clock(RunDir.open(path).records())
 
 
-def saved(path: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """Step and every tensor of the newest checkpoint, as bytes, so that equal means equal to the bit."""
+def saved(path: Path) -> tuple[int, dict[str, NDArray[np.uint8]]]:
+    """Step and every array of the newest checkpoint, as bytes, so that equal means equal to the bit."""
     checkpoint, problems = newest(path)
     assert checkpoint is not None, problems
     tensors = {
-        f"{group}.{name}": tensor.contiguous().reshape(-1).view(torch.uint8)
+        f"{group}.{name}": bytes_of(array)
         for group in checkpoint.groups
-        for name, tensor in checkpoint.load_group(group).items()
+        for name, array in checkpoint.load_group(group).items()
     }
     return checkpoint.step, tensors
 
@@ -95,5 +97,5 @@ def assert_same_state(path: Path, other: Path) -> None:
     (step, tensors), (other_step, others) = saved(path), saved(other)
     assert step == other_step
     assert tensors.keys() == others.keys()
-    differ = [name for name, tensor in tensors.items() if not torch.equal(tensor, others[name])]
+    differ = [name for name, tensor in tensors.items() if not np.array_equal(tensor, others[name])]
     assert not differ, f"not equal to the bit: {differ}"
