@@ -1,6 +1,7 @@
 """mezzo: train networks in the lowest precision that loses nothing, with the proof on the table.
 
-The names here need no framework. The adapters are imported when they are used: `mezzo.torch`, `mezzo.jax`, `mezzo.keras`.
+The names here need no framework. The adapters are imported when they are used: `mezzo.torch`, `mezzo.jax`,
+`mezzo.keras`.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ def demo(seconds: float) -> None:
     from rich.console import Console
 
     from mezzo import hardware
+    from mezzo.cli.demo_frameworks import show as show_frameworks
     from mezzo.train.assemble import choose_device, prepare_corpus
     from mezzo.train.config import load
 
@@ -61,6 +62,7 @@ def demo(seconds: float) -> None:
     _loss_scaling(session, console)
     _recipes(session, console)
     _sites(session, console)
+    show_frameworks(path, console)
     _parity(console)
     console.print("\na sample of what the model writes after this little training:")
     console.print(sample, markup=False)
