@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow as tf
-from checks import check_blocks, check_elements, check_hadamard, check_stochastic, load
+from checks import check_blocks, check_elements, check_hadamard, check_stochastic, load, same
 from jax_adapter import EagerAdapter, JitAdapter, VmapAdapter
 from keras_adapter import FunctionAdapter, array
 
@@ -191,3 +191,13 @@ def test_a_scale_known_only_at_run_time_that_cannot_be_makes_nan():
         assert np.isnan(got).all()
         got = tf.function(lambda x, s: in_keras.quantize(x, "e4m3@tensor", scale=s))(tf.constant(x), tf.constant(bad))
         assert np.isnan(got).all()
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_tensorflow_s_own_conversion_to_bfloat16_is_the_reference_s_on_every_prefix(jit_compile):
+    """All 2^16 upper halves with lower halves on both sides of a tie; a compiler may not delete it, either."""
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    x = (upper[:, None] | lower).reshape(-1).view(np.float32)
+    rounded = tf.function(partial(in_keras.quantize, fmt="bfloat16", overflow="cast"), jit_compile=jit_compile)
+    same(rounded(tf.constant(x)).numpy(), reference(x, "bfloat16", overflow="cast"), "bfloat16")
