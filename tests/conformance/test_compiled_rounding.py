@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow as tf
-from checks import check_blocks, check_elements, check_hadamard, check_stochastic, load, same
+from checks import check_blocks, check_elements, check_hadamard, check_stochastic, load
 from jax_adapter import EagerAdapter, JitAdapter, VmapAdapter
 from keras_adapter import FunctionAdapter, array
 
@@ -200,4 +200,4 @@ def test_tensorflow_s_own_conversion_to_bfloat16_is_the_reference_s_on_every_pre
     lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
     x = (upper[:, None] | lower).reshape(-1).view(np.float32)
     rounded = tf.function(partial(in_keras.quantize, fmt="bfloat16", overflow="cast"), jit_compile=jit_compile)
-    same(rounded(tf.constant(x)).numpy(), reference(x, "bfloat16", overflow="cast"), "bfloat16")
+    same(rounded(tf.constant(x)).numpy(), reference(x, "bfloat16", overflow="cast"))
