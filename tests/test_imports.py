@@ -28,6 +28,12 @@ def loaded(statement: str) -> set[str]:
         "mezzo.hardware",
         "mezzo.errors",
         "mezzo.storage",
+        "mezzo.formats.portable.quantize",
+        "mezzo.models.initial",
+        "mezzo.models.sampling_arrays",
+        "mezzo.policy.support",
+        "mezzo.train.session",
+        "mezzo.data.images",
         "mezzo.observe.incidents",
         "mezzo.observe.whatif",
         "mezzo.report.data",
@@ -52,3 +58,19 @@ def test_every_file_that_is_no_python_is_part_of_a_wheel():
 def test_that_check_can_fail():
     assert loaded("import mezzo.torch") == {"torch"}
     assert loaded("import mezzo; mezzo.torch") == {"torch"}
+    assert loaded("import mezzo.jax") == {"jax"}
+    assert {"tensorflow", "keras"} <= loaded("import mezzo.keras")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "package", "extra"),
+    [("jax", "jax", "jax"), ("keras", "tensorflow", "tensorflow"), ("keras", "keras", "tensorflow")],
+)
+def test_an_adapter_without_its_framework_says_what_to_install(adapter, package, extra):
+    code = f"import sys\nsys.modules[{package!r}] = None\nimport mezzo\nmezzo.{adapter}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("mezzo.errors.MissingExtraError"), last
+    assert f"{package!r}" in last
+    assert "pip install" in last
+    assert f"'{extra}'" in last or f"mezzo[{extra}]" in last
