@@ -21,6 +21,7 @@ _COLLECTIONS = {"params"}  # of Flax Linen
 def leaf_path(keys: Iterable[Any]) -> str:
     """The dotted name of a leaf from its key path."""
     parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys]
+    parts = [part for part in parts if part]
     while parts and parts[-1] in _BOXES:
         parts.pop()
     while len(parts) > 1 and parts[0] in _COLLECTIONS:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mezzo.errors import ConfigError
-from mezzo.jax import scaling
+from mezzo.jax import modules, scaling
 from mezzo.jax.interpret import Interpreter, Origin, Seen
 from mezzo.jax.paths import leaf_path, module_path, prefixes
 from mezzo.jax.rounding import Listener
@@ -103,7 +103,8 @@ class Precision:
         """
         if not -len(args) <= argnums < len(args):
             raise ConfigError(f"argument {argnums} is to hold the parameters, but {len(args)} positional ones came")
-        paths, tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
+        given, merged, states_of, write = modules.apart((args, kwargs))
+        paths, tree = jax.tree_util.tree_flatten_with_path(given)
         leaves = [leaf for _, leaf in paths]
         moving = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
         made: dict[str, Any] = {}
@@ -112,8 +113,9 @@ class Precision:
             full = list(leaves)
             for i, value in zip(moving, values, strict=True):
                 full[i] = value
-            again, more = jax.tree_util.tree_unflatten(tree, full)
-            outs, made["tree"] = jax.tree_util.tree_flatten(function(*again, **more))
+            again, more = merged(jax.tree_util.tree_unflatten(tree, full))
+            result = function(*again, **more)
+            outs, made["tree"] = jax.tree_util.tree_flatten((result, states_of((again, more))))
             made["outs"] = outs
             made["moving"] = [i for i, out in enumerate(outs) if _is_array(out)]
             return [outs[i] for i in made["moving"]]
@@ -137,7 +139,9 @@ class Precision:
         self.policy.check_paths(known)
         for i, out in zip(made["moving"], results, strict=True):
             static[i] = out
-        return jax.tree_util.tree_unflatten(made["tree"], static), list(run.seen.values()), sorted(known)
+        result, states = jax.tree_util.tree_unflatten(made["tree"], static)
+        write(states)
+        return result, list(run.seen.values()), sorted(known)
 
     # --- the step ---
 

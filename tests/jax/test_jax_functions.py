@@ -145,6 +145,32 @@ def test_flax_nnx_runs_unchanged_and_names_its_layers():
     assert any((one != other).any() for one, other in pairs)
 
 
+class Normed(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(16, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.norm(self.linear(x)))
+
+
+def test_what_an_nnx_module_writes_down_reaches_the_module():
+    """Running statistics move, dropout draws anew; under fp32 all is as without mezzo."""
+    loss = lambda m, x: jnp.mean(m(x) ** 2)  # noqa: E731
+    plain, ours = Normed(nnx.Rngs(0)), Normed(nnx.Rngs(0))
+    under = mezzo.jax.Precision("fp32")(loss)
+    for _ in range(2):
+        one, other = nnx.jit(nnx.value_and_grad(loss))(plain, X)[0], nnx.jit(nnx.value_and_grad(under))(ours, X)[0]
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(plain.norm.mean[...], ours.norm.mean[...])
+    assert (ours.norm.mean[...] != 0).any()
+    before = np.asarray(ours.norm.mean[...])
+    assert paths(loss, ours, X) == ["linear"]
+    mezzo.jax.measure(FP8, loss, ours, X)
+    np.testing.assert_array_equal(before, ours.norm.mean[...])  # looking changes nothing
+
+
 def test_equinox_runs_unchanged_and_names_its_layers():
     model = equinox.nn.MLP(16, 3, 8, 2, key=jax.random.key(0))
     loss = lambda m, x: jnp.mean(jax.vmap(m)(x) ** 2)  # noqa: E731
