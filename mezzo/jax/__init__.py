@@ -10,7 +10,10 @@ from mezzo.jax.precision import Precision  # noqa: E402
 from mezzo.jax.quantize import bits, hadamard, quantize  # noqa: E402
 from mezzo.jax.scaling import State, advance, all_finite, grad_norm, select  # noqa: E402
 
+CONTRACT = 1  # version of the numerics contract, docs/numerics.md
+
 __all__ = [
+    "CONTRACT",
     "Phases",
     "Precision",
     "State",

@@ -6,9 +6,8 @@ built anew around the rounded ones; everything else is bound as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,8 @@ from jax.extend.core import Literal
 
 from mezzo.errors import ConfigError
 from mezzo.formats import FLOAT32, FLOAT64
-from mezzo.jax.paths import prefixes, scope_path
+from mezzo.jax.equations import Operand, bind, closed_jaxprs, has, in_attention, inner_jaxprs, surroundings
+from mezzo.jax.paths import common_path, prefixes, scope_path
 from mezzo.jax.products import bilinear, product
 from mezzo.jax.rounding import Listener, SiteSpec
 from mezzo.policy import Policy, Rule, Spec
@@ -58,10 +58,12 @@ class Origin(NamedTuple):
 
     path     of the weight that it is; None: it is none
     scores   the last attention whose scores it depends on
+    layer    the last layer whose product it comes from
     """
 
     path: str | None = None
     scores: int = 0
+    layer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Interpreter:
     seen: dict[tuple[str, str, int, str], Seen] = field(default_factory=dict)
     _calls: dict[tuple[str, str], int] = field(default_factory=dict)
     _attention: int = 0
+    _loops: int = 0  # that are being followed
     _looked_up: set[str] = field(default_factory=set)  # weights that rows were taken of: embeddings
     _open: dict[str, int] = field(default_factory=dict)  # path → the attention whose result is still to come
 
@@ -136,7 +139,7 @@ class Interpreter:
             return self._dot(eqn, values, froms, scope)
         if name == "conv_general_dilated":
             return self._convolution(eqn, values, froms, scope)
-        if any(_has(inner, _PRODUCTS) for inner in _inner(eqn)):
+        if any(has(inner, _PRODUCTS) for inner in inner_jaxprs(eqn)):
             handler = _HANDLERS.get(name)
             if handler is not None:
                 return handler(self, eqn, values, froms, scope)
@@ -144,14 +147,21 @@ class Interpreter:
         elif name in _UNCOVERED:
             shapes = tuple(v.aval.shape for v in eqn.invars)
             self._note(Seen(scope_path(scope, self.known), name, 0, None, shapes))
-        if froms and froms[0].path is not None and (name == "gather" or any(_has(i, {"gather"}) for i in _inner(eqn))):
+        if (
+            froms
+            and froms[0].path is not None
+            and (name == "gather" or any(has(i, {"gather"}) for i in inner_jaxprs(eqn)))
+        ):
             self._looked_up.add(froms[0].path)
+        if name == "dynamic_slice" and self._loops and froms[0].path is not None:
+            self._refuse_layers_apart(froms[0].path, eqn.invars[0].aval.shape[0])
         results = bind(eqn, values)
         last = max((origin.scores for origin in froms), default=0)
+        layer = next((origin.layer for origin in froms if origin.layer is not None), None)
         path = froms[0].path if froms and name in _CARRY_PATH else None
         if name in ("jit", "pjit") and len({o.path for o in froms}) == 1:
-            path = froms[0].path if all(e.primitive.name in _CARRY_PATH for e in _inner(eqn)[0].eqns) else None
-        return results, [Origin(path, last)] * len(results)
+            path = froms[0].path if all(e.primitive.name in _CARRY_PATH for e in inner_jaxprs(eqn)[0].eqns) else None
+        return results, [Origin(path, last, layer)] * len(results)
 
     # --- products ---
 
@@ -163,38 +173,52 @@ class Interpreter:
         last = max(origin.scores for origin in froms)
         if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in values):
             return bind(eqn, values), [Origin(None, last)]
-        part, swap = "", froms[0].path is not None and froms[1].path is None
-        weight = froms[0].path or froms[1].path
-        path = scope_path(scope, self.known) if weight is None or weight in self._looked_up else weight
-        if weight is not None and path == ROOT:
-            path = weight  # a head that shares the embedding's weight has a path of its own where a scope names it
-        if weight is None and _in_attention(eqn):
-            part, swap, last = self._attention_part(path, froms, last)
+        part, weight = "", None
+        if in_attention(eqn):  # learned queries, keys or values are operands of attention, no layer's weight
+            path, part, swap, last = self._attention_part(scope, froms, last)
+            layer = None
+        else:
+            path, weight = self._layer(scope, froms)
+            swap, layer = froms[0].path is not None and froms[1].path is None, path
         kind = "attention" if part else "product"
         call = self._calls[path, kind] - 1 if part == "result" else self._count(path, kind)
         a, b = (rhs, lhs) if swap else (lhs, rhs)
         site = self._site(path, call, part, weight is not None)
+        _check_wide_enough(site, values)
         self._note(Seen(path, kind, call, site, (a.value.shape, b.value.shape, aval.shape)), part)
         if site.plain:
-            return bind(eqn, values), [Origin(None, last)]
-        y = product(site, a.canonical(), b.canonical(), self.draws)
-        batch = [lhs.value.shape[i] for i in lhs.batch]
-        y = y.reshape(*batch, *a.free_shape, *b.free_shape)
-        if swap:
-            n, m = len(batch), len(batch) + len(a.free_shape)
-            y = jnp.transpose(y, (*range(n), *range(m, y.ndim), *range(n, m)))
-        return [y.astype(aval.dtype)], [Origin(None, last)]
+            # An accelerator's default for float32 may be a product of fewer bits.
+            exact = {"precision": (lax.Precision.HIGHEST, lax.Precision.HIGHEST)} if self.native else {}
+            return bind(eqn, values, **exact), [Origin(None, last, layer)]
+        with surroundings(eqn):
+            y = product(site, a.canonical(), b.canonical(), self.draws)
+            batch = [lhs.value.shape[i] for i in lhs.batch]
+            y = y.reshape(*batch, *a.free_shape, *b.free_shape)
+            if swap:
+                n, m = len(batch), len(batch) + len(a.free_shape)
+                y = jnp.transpose(y, (*range(n), *range(m, y.ndim), *range(n, m)))
+        return [y.astype(aval.dtype)], [Origin(None, last, layer)]
 
-    def _attention_part(self, path: str, froms: list[Origin], last: int) -> tuple[str, bool, int]:
-        """Which of attention's two products this is: (part, whether the operands come in the other order, scores)."""
-        current = self._open.get(path)
-        with_probs = [current is not None and origin.scores == current for origin in froms]
-        if any(with_probs):
-            self._open.pop(path)
-            return "result", with_probs[1] and not with_probs[0], last
+    def _layer(self, scope: str, froms: list[Origin]) -> tuple[str, str | None]:
+        """(path of a product, the weight that it multiplies with): the second operand where both are weights."""
+        weight = froms[1].path or froms[0].path
+        path = scope_path(scope, self.known) if weight is None or weight in self._looked_up else weight
+        # A head that shares the embedding's weight has a path of its own where a scope names it.
+        return (weight if weight is not None and path == ROOT else path), weight
+
+    def _attention_part(self, scope: str, froms: list[Origin], last: int) -> tuple[str, str, bool, int]:
+        """Which of attention's two products this is: (path, part, whether operands come in the other order, scores)."""
+        for path, current in self._open.items():
+            with_probs = [origin.scores == current for origin in froms]
+            if any(with_probs):
+                del self._open[path]
+                return path, "result", with_probs[1] and not with_probs[0], last
         self._attention += 1
+        path = scope_path(scope, self.known)
+        if path not in self.known or path == ROOT:  # no module's: that of the layers which query and key come from
+            path = common_path([origin.layer for origin in froms]) or path
         self._open[path] = self._attention
-        return "scores", False, self._attention
+        return path, "scores", False, self._attention
 
     def _note(self, seen: Seen, part: str = "") -> None:
         self.seen[seen.path, seen.kind, seen.call, part] = seen
@@ -213,6 +237,7 @@ class Interpreter:
         if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in values):
             return bind(eqn, values), [Origin(None, last)]
         site = self._site(path, self._count(path, "product"), "", True)
+        _check_wide_enough(site, values)
         self._note(Seen(path, "convolution", site.call, site, (a.shape, b.shape, eqn.outvars[0].aval.shape)))
         if site.plain:
             return bind(eqn, values), [Origin(None, last)]
@@ -224,7 +249,7 @@ class Interpreter:
             return eqn.primitive.bind(x, w, **params)
 
         y = bilinear(site, op, a, b, self.draws)
-        return [y.astype(eqn.outvars[0].aval.dtype)], [Origin(None, last)]
+        return [y.astype(eqn.outvars[0].aval.dtype)], [Origin(None, last, path)]
 
     def _site(self, path: str, call: int, part: str, weight: bool) -> SiteSpec:
         call = call if self.by_call else 0
@@ -250,13 +275,15 @@ class Interpreter:
     def _inline(
         self, eqn: Any, values: list[Array], froms: list[Origin], scope: str
     ) -> tuple[list[Array], list[Origin]]:
-        closed = next(iter(_closed(eqn)))
+        closed = next(iter(closed_jaxprs(eqn)))
         return self.run(closed.jaxpr, closed.consts, values, [Origin()] * len(closed.consts) + froms, scope)
 
     def _checkpoint(
         self, eqn: Any, values: list[Array], froms: list[Origin], scope: str
     ) -> tuple[list[Array], list[Origin]]:
         jaxpr = eqn.params["jaxpr"]
+        if self.listener is not None:  # what is computed again is measured once
+            return self.run(jaxpr, (), values, froms, scope)
         found: list[Origin] = []
         body = self._repeatable(lambda *args: self._keep(found, self.run(jaxpr, (), args, froms, scope)))
         again = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
@@ -270,6 +297,7 @@ class Interpreter:
                 self._refuse_layers_apart(origin.path, p["length"])
         fixed, start, rows = values[:consts], values[consts : consts + carries], values[consts + carries :]
         found: list[Origin] = []
+        froms = _through(froms, closed.jaxpr, consts, carries)
 
         def body(carry: Any, row: Any) -> Any:
             args = (*fixed, *carry, *row)
@@ -278,7 +306,12 @@ class Interpreter:
             return tuple(out[:carries]), tuple(out[carries:])
 
         carry, ys = lax.scan(
-            self._repeatable(body), tuple(start), tuple(rows), p["length"], reverse=p["reverse"], unroll=p["unroll"]
+            self._repeatable(body, loop=True),
+            tuple(start),
+            tuple(rows),
+            p["length"],
+            reverse=p["reverse"],
+            unroll=p["unroll"],
         )
         return [*carry, *ys], found
 
@@ -290,6 +323,7 @@ class Interpreter:
         ask, go = p["cond_jaxpr"], p["body_jaxpr"]
         start = values[n + m :]
         found: list[Origin] = []
+        froms = froms[:n] + _through(froms[n:], go.jaxpr, m, len(start))
 
         def goes_on(carry: Any) -> Array:
             origins = [Origin()] * len(ask.consts) + froms[:n] + froms[n + m :]
@@ -299,7 +333,7 @@ class Interpreter:
             origins = [Origin()] * len(go.consts) + froms[n:]
             return tuple(self._keep(found, self.run(go.jaxpr, go.consts, (*values[n : n + m], *carry), origins, scope)))
 
-        return list(lax.while_loop(self._repeatable(goes_on), self._repeatable(body), tuple(start))), found
+        return list(lax.while_loop(self._repeatable(goes_on), self._repeatable(body, loop=True), tuple(start))), found
 
     def _cond(self, eqn: Any, values: list[Array], froms: list[Origin], scope: str) -> tuple[list[Array], list[Origin]]:
         found: list[Origin] = []
@@ -313,13 +347,17 @@ class Interpreter:
         results = lax.switch(values[0], [of(branch) for branch in eqn.params["branches"]], *values[1:])
         return list(results), found
 
-    def _repeatable(self, body: Callable[..., Any]) -> Callable[..., Any]:
+    def _repeatable(self, body: Callable[..., Any], loop: bool = False) -> Callable[..., Any]:
         """`body` counting calls from the same state however often JAX traces it."""
         calls, attention, waiting = dict(self._calls), self._attention, dict(self._open)
 
         def again(*args: Any) -> Any:
             self._calls, self._attention, self._open = dict(calls), attention, dict(waiting)
-            return body(*args)
+            self._loops += loop
+            try:
+                return body(*args)
+            finally:
+                self._loops -= loop
 
         return again
 
@@ -329,76 +367,35 @@ class Interpreter:
         return outcome[0]
 
     def _refuse_layers_apart(self, path: str, length: int) -> None:
-        """A loop has one set of rules for all its layers."""
-        layers = [f"{path}.{i}" for i in range(length)]
+        """A loop has one set of rules for all its layers, wherever in the path their number would stand."""
+        parts = path.split(".")
+        layers = [".".join([*parts[:at], str(i), *parts[at:]]) for at in range(len(parts) + 1) for i in range(length)]
         for rule in self.policy.all_rules():
             meant = expand([rule], prefixes(layers)) if by_depth(rule) else [rule]
-            apart = by_depth(rule) or any(map(rule.matches_path, layers[1:]))
-            if meant and apart and not rule.matches_path(path):  # a rule that matches the path itself means all of them
+            meant = [one for one in meant if any(map(one.matches_path, layers))]
+            if meant and not rule.matches_path(path):  # a rule that matches the path itself means all of them
                 raise ConfigError(
                     f"the rule {str(rule)!r} speaks of single layers, but {path} runs through all {length} in one "
                     "lax.scan, whose layers cannot be told apart; unroll the loop, or take a policy without the rule"
                 )
 
 
-@dataclass(frozen=True)
-class Operand:
-    """One side of a dot_general."""
-
-    value: Array
-    batch: tuple[int, ...]
-    contract: tuple[int, ...]
-
-    @property
-    def free(self) -> tuple[int, ...]:
-        return tuple(i for i in range(self.value.ndim) if i not in (*self.batch, *self.contract))
-
-    @property
-    def free_shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape[i] for i in self.free)
-
-    def canonical(self) -> Array:
-        """(rows, summed), with all batches as one axis in front if there are any."""
-        x = jnp.transpose(self.value, (*self.batch, *self.free, *self.contract))
-        shape = self.value.shape
-        batches = [prod(shape[i] for i in self.batch)] if self.batch else []
-        return x.reshape(*batches, prod(self.free_shape), prod(shape[i] for i in self.contract))
+def _check_wide_enough(site: SiteSpec, values: Sequence[Array]) -> None:
+    """A float64 site of float32 operands would be float32 in all but name."""
+    if site.acc == jnp.float64 and any(x.dtype != jnp.float64 for x in values):
+        raise ConfigError(
+            f"{site.path} has float64 sites, but its operands are {' and '.join(str(x.dtype) for x in values)}; make "
+            "parameters and inputs float64, under jax.config.update('jax_enable_x64', True)"
+        )
 
 
-def bind(eqn: Any, values: Sequence[Array]) -> list[Array]:
-    """Carry out an equation as it is."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    functions: Sequence[Any] = ()
-    if isinstance(params, tuple):  # up to JAX 0.9 the functions came beside the parameters
-        functions, params = params
-    outcome = eqn.primitive.bind(*functions, *values, **params)
-    return list(outcome) if eqn.primitive.multiple_results else [outcome]
-
-
-def _in_attention(eqn: Any) -> bool:
-    """Whether a dot product attention of JAX, Flax or Equinox is what makes this product."""
-    traceback = eqn.source_info.traceback
-    return traceback is not None and any("dot_product_attention" in f.function_name for f in traceback.frames)
-
-
-def _closed(eqn: Any) -> Iterable[Any]:
-    """The closed jaxprs among an equation's parameters."""
-    for value in eqn.params.values():
-        for one in value if isinstance(value, (tuple, list)) else (value,):
-            if hasattr(one, "jaxpr") and hasattr(one, "consts"):
-                yield one
-
-
-def _inner(eqn: Any) -> list[Any]:
-    """The open jaxprs among an equation's parameters."""
-    opened = [one for value in eqn.params.values() for one in (value if isinstance(value, (tuple, list)) else (value,))]
-    return [one.jaxpr for one in _closed(eqn)] + [
-        one for one in opened if hasattr(one, "eqns") and not hasattr(one, "consts")
-    ]
-
-
-def _has(jaxpr: Any, names: set[str]) -> bool:
-    return any(eqn.primitive.name in names or any(_has(inner, names) for inner in _inner(eqn)) for eqn in jaxpr.eqns)
+def _through(froms: list[Origin], body: Any, consts: int, carries: int) -> list[Origin]:
+    """Origins of a loop body's arguments: a carry is a weight only if the body hands it on untouched."""
+    kept = list(froms)
+    for i in range(consts, consts + carries):
+        if body.outvars[i - consts] is not body.invars[i]:
+            kept[i] = Origin(None, kept[i].scores, kept[i].layer)
+    return kept
 
 
 _HANDLERS: dict[str, Callable[..., tuple[list[Array], list[Origin]]]] = {

@@ -67,6 +67,7 @@ def measure(
     order = _order(seen)
     for rounding, raw, before, after in sorted(told, key=lambda one: order.get(one[0].site, len(order))):
         collector.add(rounding.site, rounding.spec, rounding.axis, raw, before, after)
+    told.clear()  # jit's caches keep the listener
     return collector.sample(int(given.steps))
 
 

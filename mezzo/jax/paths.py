@@ -46,6 +46,19 @@ def prefixes(paths: Iterable[str]) -> set[str]:
     return found
 
 
+def common_path(layers: Iterable[str | None]) -> str | None:
+    """What the paths of several layers lie in, such as the attention of query and key; of one layer, its parent."""
+    known = [layer.split(".") for layer in layers if layer is not None and layer != ROOT]
+    if not known:
+        return None
+    common = []
+    for parts in zip(*(one[:-1] for one in known), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common) or None
+
+
 def scope_path(stack: str, known: set[str]) -> str:
     """A path from a name stack such as `vmap(M/blocks_0/attn)/...qhd,...khd->...hqk`.
 
@@ -53,7 +66,7 @@ def scope_path(stack: str, known: set[str]) -> str:
             does not matter
     """
     plain = re.sub(r"\b[a-z_]+\(", "", stack).replace(")", "")  # vmap(…), jvp(…), transpose(…)
-    parts = [part for part in plain.split("/") if part and "->" not in part]
+    parts = [one for part in plain.split("/") if "->" not in part for one in part.split(".") if one]
     for start in range(len(parts)):
         for end in range(len(parts), start, -1):
             path = ".".join(parts[start:end])

@@ -67,7 +67,7 @@ class Phases:
         return self._precisions[self.phase.policy]
 
     def each(self, make: Callable[[Precision], Made]) -> Made:
-        """What `make` gives for the present policy; called once for each."""
+        """What `make`, the same function at each call, gives for the present policy; called once for each policy."""
         key = (make, self.phase.policy)
         if key not in self._made:
             self._made[key] = make(self.precision)
@@ -91,7 +91,7 @@ class Phases:
 
     def hand_over(self, before: Policy, opt_state: Any) -> Any:
         """Weights, moments and counters stay; a policy's loss scale goes on where its own stopped, or begins."""
-        if before.loss_scaling == self.phase.policy.loss_scaling:
+        if before == self.phase.policy:
             return opt_state
         state = scaling.state_of(opt_state)
         self._losses[before.loss_scaling] = tuple(getattr(state, name).item() for name in _FIELDS)
@@ -99,13 +99,12 @@ class Phases:
         scale, good, bad, _ = self._losses.get(
             self.phase.policy.loss_scaling, tuple(getattr(fresh, name).item() for name in _FIELDS)
         )
-        zero = jnp.zeros((), jnp.int32)
         now = state._replace(
             scale=jnp.asarray(scale, jnp.float32),
             good=jnp.asarray(good, jnp.int32),
             bad=jnp.asarray(bad, jnp.int32),
-            at_floor=zero,
-            bad_run=zero,
+            at_floor=jnp.zeros((), jnp.int32),
+            bad_run=jnp.zeros((), jnp.int32),
         )
         return replaced(opt_state, now)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import ceil, prod
 from typing import Any
 
@@ -19,10 +19,11 @@ from mezzo.jax.paths import leaf_path, module_path, prefixes
 from mezzo.jax.rounding import Listener
 from mezzo.jax.scaling import State
 from mezzo.policy import Policy
-from mezzo.policy.site import SiteRow
+from mezzo.policy.site import ATTENTION_ROLES, PRODUCT_ROLES, SiteRow
 from mezzo.policy.support import refuse
 
 Tree = Any
+_MARK = "__mezzo_wraps__"  # of a function under a policy: the function as it was
 
 
 class Precision:
@@ -42,6 +43,8 @@ class Precision:
 
     def __init__(self, policy: str | Policy, *, seed: int = 0) -> None:
         self.policy = Policy.of(policy)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+            raise ConfigError(f"seed is a whole number from 0 to 2**64 - 1, got {seed!r}")
         self.seed = seed
         refuse(self.policy, "jax")
         specs = [rule.spec for rule in self.policy.all_rules()]
@@ -59,24 +62,35 @@ class Precision:
 
     # --- the function ---
 
-    def __call__(self, function: Callable[..., Any], *, argnums: int = 0, keyword: str = "state") -> Callable[..., Any]:
+    def __call__(
+        self, function: Callable[..., Any], *, argnums: int | Sequence[int] = 0, keyword: str = "state"
+    ) -> Callable[..., Any]:
         """`function` under the policy: wrap what you differentiate, before grad, jit, vmap, scan or checkpoint.
 
         function   of any pytrees; the products in it get the paths of the parameters that they multiply with
-        argnums    which argument holds the parameters
+        argnums    which argument holds the parameters, or which several do
         keyword    name of the keyword argument that takes the state; not one of the function's own
         returns    the same function, with that keyword added
         raises     ConfigError when it is called: a rule that matches nothing, a state that is needed and not given
         """
-        if keyword in inspect.signature(function).parameters:
+        if not callable(function):
+            raise ConfigError(f"wrap a function, precision(loss_fn); got {type(function).__name__}")
+        if hasattr(function, _MARK):
+            raise ConfigError("this function is under a policy already; wrap the function as it was")
+        signature = inspect.signature(function)
+        if keyword in signature.parameters:
             raise ConfigError(
                 f"{getattr(function, '__name__', 'the function')} has an argument {keyword!r} itself; give mezzo's "
                 f"another name: precision(loss_fn, keyword='opt_state')"
             )
 
+        takes, extended = _with_keyword(signature, keyword)
+
         @functools.wraps(function)
         def under_policy(*args: Any, **kwargs: Any) -> Any:
             state = kwargs.pop(keyword, None)
+            if takes is not None and len(args) > takes:  # NNX turns keywords into positions
+                args, state = args[:takes], args[takes]
             if state is None and self.needs_state:
                 what = "draws random words for stochastic rounding" if self.draws else "scales the loss dynamically"
                 raise ConfigError(
@@ -86,12 +100,14 @@ class Precision:
             given = self.init() if state is None else scaling.state_of(state)
             return self.run(function, argnums, args, kwargs, given)[0]
 
+        setattr(under_policy, _MARK, function)
+        under_policy.__signature__ = extended  # type: ignore[attr-defined]
         return under_policy
 
     def run(
         self,
         function: Callable[..., Any],
-        argnums: int,
+        argnums: int | Sequence[int],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         state: State,
@@ -101,8 +117,11 @@ class Precision:
 
         listener   told of every rounding; the rest as of `__call__`
         """
-        if not -len(args) <= argnums < len(args):
-            raise ConfigError(f"argument {argnums} is to hold the parameters, but {len(args)} positional ones came")
+        function = getattr(function, _MARK, function)
+        numbers = [argnums] if isinstance(argnums, int) else list(argnums)
+        for number in numbers:
+            if not -len(args) <= number < len(args):
+                raise ConfigError(f"argument {number} is to hold the parameters, but {len(args)} positional ones came")
         given, merged, states_of, write = modules.apart((args, kwargs))
         paths, tree = jax.tree_util.tree_flatten_with_path(given)
         leaves = [leaf for _, leaf in paths]
@@ -115,6 +134,7 @@ class Precision:
                 full[i] = value
             again, more = merged(jax.tree_util.tree_unflatten(tree, full))
             result = function(*again, **more)
+            _refuse_gradients(result, [again[n] for n in numbers])
             outs, made["tree"] = jax.tree_util.tree_flatten((result, states_of((again, more))))
             made["outs"] = outs
             made["moving"] = [i for i, out in enumerate(outs) if _is_array(out)]
@@ -122,7 +142,9 @@ class Precision:
 
         closed = jax.make_jaxpr(flat)(*(leaves[i] for i in moving))
         static = [None if _is_array(out) else out for out in made["outs"]]  # tracers must not leave this trace
-        names = {i: path for i in moving if (path := _parameter(paths[i][0], argnums % len(args))) is not None}
+        names = {
+            i: path for i in moving if (path := _parameter(paths[i][0], {n % len(args) for n in numbers})) is not None
+        }
         known = prefixes(module_path(name) for name in names.values())
         run = Interpreter(self.policy, known, self.seed, state.draws, listener, self.native)
         origins = [Origin()] * len(closed.consts)
@@ -137,6 +159,7 @@ class Precision:
         results = scaling.scaled(under_table, state.scale, values) if scaled else under_table(values)
         known |= prefixes(seen.path for seen in run.seen.values())
         self.policy.check_paths(known)
+        _check_met(self.policy, run.seen.values())
         for i, out in zip(made["moving"], results, strict=True):
             static[i] = out
         result, states = jax.tree_util.tree_unflatten(made["tree"], static)
@@ -199,12 +222,60 @@ def _rows(seen: Seen) -> Iterable[SiteRow]:
         yield SiteRow(f"{seen.path}{call}:{shown}", shapes[role], str(spec), route, size)
 
 
-def _parameter(keys: tuple[Any, ...], argnum: int) -> str | None:
-    """The name of a leaf of the argument that holds the parameters; None for other arguments' leaves, and for an
+def _parameter(keys: tuple[Any, ...], argnums: set[int]) -> str | None:
+    """The name of a leaf of the arguments that hold the parameters; None for other arguments' leaves, and for an
     argument that is one bare array."""
-    if getattr(keys[0], "idx", None) != 0 or getattr(keys[1], "idx", None) != argnum:
+    if getattr(keys[0], "idx", None) != 0 or getattr(keys[1], "idx", None) not in argnums:
         return None
     return leaf_path(keys[2:]) or None
+
+
+def _with_keyword(signature: inspect.Signature, keyword: str) -> tuple[int | None, inspect.Signature]:
+    """(how many positional arguments a function takes, None if any; its signature with a keyword after them)"""
+    kinds, old = inspect.Parameter, list(signature.parameters.values())
+    positional = [one for one in old if one.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    others = [one for one in old if one not in positional]
+    if any(one.kind is kinds.VAR_POSITIONAL for one in others):
+        at = len(others) - (others[-1].kind is kinds.VAR_KEYWORD)
+        extra = kinds(keyword, kinds.KEYWORD_ONLY, default=None)
+        return None, signature.replace(parameters=[*positional, *others[:at], extra, *others[at:]])
+    extra = kinds(keyword, kinds.POSITIONAL_OR_KEYWORD, default=None)
+    return len(positional), signature.replace(parameters=[*positional, extra, *others])
+
+
+def _refuse_gradients(result: Any, parameters: list[Any]) -> None:
+    """Refuse a function that gives back a tree like its parameters: it is a gradient, or a whole train step."""
+    candidates = [result, *result] if isinstance(result, tuple) else [result]
+    for one in candidates:
+        for tree in parameters:
+            if _shapes(one) == _shapes(tree) and not _is_array(tree) and jax.tree.leaves(tree):
+                raise ConfigError(
+                    "this function gives back a tree like its parameters: gradients, or what a train step updated. "
+                    "Wrap the loss, and differentiate that: jax.grad(precision(loss_fn))(…)"
+                )
+
+
+def _shapes(tree: Any) -> Any:
+    leaves, structure = jax.tree_util.tree_flatten(tree)
+    return structure, [getattr(leaf, "shape", None) for leaf in leaves]
+
+
+def _check_met(policy: Policy, seen: Iterable[Seen]) -> None:
+    """Refuse a rule of the policy's own for single layers that speaks of products where none was met."""
+    names = [(one.path, one.site.names or {role: role for role in one.site.specs}) for one in seen if one.site]
+    met = {(path, name) for path, roles in names for name in roles.values()}
+    met |= {(path, "fprop.probs") for path, roles in names if "fprop.query" in roles.values()}
+    for rule in policy.rules:
+        roles = [role for role in rule.roles() if role in PRODUCT_ROLES or role in ATTENTION_ROLES]
+        if roles and not any(char in rule.path for char in "*?[%"):
+            path = rule.path.partition("#")[0]
+            near = any(one == path or one.startswith(f"{path}.") for one, _ in met)
+            if near and not any((path, role) in met for role in roles):
+                there = sorted({role for one, role in met if one == path})
+                raise ConfigError(
+                    f"the rule {str(rule)!r} speaks of {rule.role}, which no product of {path} has"
+                    + (f"; it has {', '.join(there)}" if there else f"; products lie below it: {path}.*")
+                )
 
 
 def apart(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:
@@ -222,4 +293,4 @@ def apart(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+    return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))  # NumPy's scalars stay what they are: settings

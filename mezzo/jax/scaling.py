@@ -49,6 +49,9 @@ class State(NamedTuple):
     grad_norm: Array
 
 
+_COUNTERS = ("good", "bad", "at_floor", "bad_run", "draws", "steps", "skipped")
+
+
 class Guarded(NamedTuple):
     """State of the guarded optimizer: `precision` beside the inner optimizer's own."""
 
@@ -59,10 +62,10 @@ class Guarded(NamedTuple):
 def initial(policy: str | Policy) -> State:
     """The state before the first step."""
     scaling = Policy.of(policy).loss_scaling
-    zero = jnp.zeros((), jnp.int32)
     scale = jnp.asarray(scaling.init if scaling else 1.0, jnp.float32)
-    off = jnp.zeros((), bool)
-    return State(scale, zero, zero, zero, zero, zero, zero, zero, off, jnp.zeros((), jnp.float32))
+    # A buffer each: one that two fields share cannot be donated.
+    counters = {name: jnp.zeros((), jnp.int32) for name in _COUNTERS}
+    return State(scale=scale, **counters, skips=jnp.zeros((), bool), grad_norm=jnp.zeros((), jnp.float32))
 
 
 def state_of(tree: Tree) -> State:
@@ -89,7 +92,12 @@ def multiply_gradient(x: Array, factor: Array) -> Array:
     return x
 
 
-multiply_gradient.defvjp(lambda x, factor: (x, factor), lambda factor, g: (g * factor.astype(g.dtype), None))
+def _multiplied(factor: Array, g: Array) -> tuple[Array, None]:
+    g = jnp.asarray(g)
+    return g * factor.astype(g.dtype), None
+
+
+multiply_gradient.defvjp(lambda x, factor: (x, factor), _multiplied)
 
 
 def grad_norm(grads: Tree) -> Array:
@@ -146,6 +154,8 @@ def guard(policy: str | Policy, inner: Any, max_norm: float | None = None) -> An
     optax = require("optax", extra="jax", option="mezzo.jax.Precision.optimizer")
     if max_norm is not None and not max_norm > 0:
         raise ConfigError(f"max_norm is a positive number or None, got {max_norm!r}")
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise ConfigError(f"an optax transformation is needed, such as optax.adam(1e-3); got {inner!r}")
     policy = Policy.of(policy)
     inner = optax.with_extra_args_support(inner)
 
@@ -153,6 +163,10 @@ def guard(policy: str | Policy, inner: Any, max_norm: float | None = None) -> An
         return Guarded(initial(policy), inner.init(params))
 
     def update(grads: Tree, state: Guarded, params: Tree = None, **more: Any) -> tuple[Tree, Guarded]:
+        if not isinstance(state, Guarded):
+            raise ConfigError(
+                "this state is not of precision.optimizer(…); begin with opt_state = optimizer.init(params)"
+            )
         norm = grad_norm(grads)
         overflow = ~jnp.isfinite(norm)
         # Zeros in their place: a NaN would go through `where` into gradients of gradients and into debuggers.
@@ -186,15 +200,25 @@ def check(policy: str | Policy, tree: Tree, first: str = "") -> None:
     raise NonfiniteError(
         f"{run} steps in a row had nonfinite gradients {where}{found}. The weights are those of the last good step. "
         f"Look for NaN in the data, {less}lower the learning rate, or give the site a wider format "
-        "(Precision.first_nonfinite finds it)"
+        "(mezzo.jax.first_nonfinite(precision, loss_fn, …) finds it)"
     )
 
 
 def scaled(function: Any, scale: Array, values: list[Array]) -> list[Array]:
     """Outputs of `function(values)`, whose gradients with respect to `values` are computed of outputs · scale."""
+    _refuse_float16(values, "a parameter or input")
     back = partial(multiply_gradient, factor=1.0 / scale)
     outs = function([back(v) if _is_float(v) else v for v in values])
+    _refuse_float16(outs, "what the function gives")
     return [multiply_gradient(y, scale) if _is_float(y) else y for y in outs]
+
+
+def _refuse_float16(values: list[Any], what: str) -> None:
+    if any(_is_float(v) and v.dtype == jnp.float16 for v in values):
+        raise ConfigError(
+            f"{what} is float16, which holds neither the loss scale nor what it keeps from vanishing; keep parameters "
+            "and loss in float32: the policy rounds what enters products"
+        )
 
 
 def _is_array(x: Any) -> bool:

@@ -33,7 +33,7 @@ from mezzo.policy import depth, recipe_file
 from mezzo.policy.recipe import RECIPES, Recipe
 from mezzo.policy.rule import Rule
 from mezzo.policy.scale import LossScaling
-from mezzo.policy.site import Site
+from mezzo.policy.site import ROOT, Site
 from mezzo.policy.spec import Spec
 
 HEAD = "*head"  # what recipes call an output head
@@ -66,6 +66,8 @@ class Policy:
     @classmethod
     def of(cls, policy: str | Policy) -> Policy:
         """The policy itself, or the one that a string means."""
+        if not isinstance(policy, (str, Policy)):
+            raise ConfigError(f"a policy is text such as 'bf16', or a Policy; got {policy!r:.80}")
         return policy if isinstance(policy, Policy) else cls.parse(policy)
 
     @classmethod
@@ -196,7 +198,8 @@ class Policy:
             meant = depth.numbered(rule, known) if depth.by_depth(rule) else any(map(rule.matches_path, known))
             if not meant:
                 close = difflib.get_close_matches(rule.path.partition("#")[0], known, n=3, cutoff=0.4)
-                hint = f"; did you mean {' or '.join(close)}?" if close else ""
+                first = ", ".join(path for path in known if path != ROOT)
+                hint = f"; did you mean {' or '.join(close)}?" if close else f"; it has {first:.100}" if first else ""
                 raise ConfigError(f"the rule {str(rule)!r} matches nothing in this model{hint}")
 
 
@@ -268,7 +271,7 @@ def _recipe(name: str) -> Recipe:
     if found is None and recipe_file.is_file(name):
         raise ConfigError(f"Policy(…) takes a recipe's name; Policy.parse({name!r}) reads a file")
     if found is None:
-        close = difflib.get_close_matches(name, RECIPES, n=1)
+        close = difflib.get_close_matches(name.lower(), RECIPES, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(
             f"unknown recipe {name!r}; known: {', '.join(RECIPES)}{hint or '; or a path ending in .toml'}"

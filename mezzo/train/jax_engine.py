@@ -14,6 +14,7 @@ import numpy as np
 import mezzo.jax
 from mezzo._version import __version__
 from mezzo.errors import ConfigError, NonfiniteError
+from mezzo.jax.rounding import HALVES
 from mezzo.jax.scaling import check
 from mezzo.models.initial import initial_parameters
 from mezzo.models.sampling_arrays import generate
@@ -25,10 +26,9 @@ from mezzo.train.checkpoint import check_fit
 from mezzo.train.config import Config
 from mezzo.train.engine import Pair
 from mezzo.train.jax_parts import Compiled, Moments, Params, adamw, compiled
-from mezzo.train.moves import Switched, gradients
+from mezzo.train.moves import Switched, comparison, gradients
 from mezzo.train.scale_state import Scales
 
-CONTRACT = 1  # version of the numerics contract, docs/numerics.md
 PLAIN = ("float32", "float64")  # whose products are JAX's own
 
 
@@ -113,6 +113,11 @@ class JaxEngine:
     def late(self) -> bool:
         return bool(self.device.platform != "cpu")
 
+    @property
+    def _native(self) -> bool:
+        """Whether the device multiplies 16-bit operands itself."""
+        return bool(self.device.platform != "cpu")
+
     def _check(self, policy: Policy) -> None:
         """A rule that matches nothing, or cannot be carried out, is an error now; nothing is computed."""
         x = jax.ShapeDtypeStruct((self.config.train.batch, self.shape.seq_len), jnp.int32)
@@ -121,13 +126,15 @@ class JaxEngine:
 
     def _at(self, policy: Policy) -> Compiled:
         if policy not in self._compiled:
-            self._compiled[policy] = compiled(policy, self.config, self.shape, self.options)
+            parts = compiled(policy, self.config, self.shape, self.options)
+            parts.precision.native = self._native  # of this device, not of JAX's default
+            self._compiled[policy] = parts
         return self._compiled[policy]
 
     # --- phases ---
 
     def phases(self, schedule: Schedule, probe: Callable[[], Pair], held_out: Callable[[], Iterable[Pair]]) -> Switched:
-        return Switched(schedule, self._switch)
+        return Switched(schedule, self._switch, lambda low, high: comparison(self, low, high, probe, held_out))
 
     def _switch(self, policy: Policy) -> None:
         if policy != self.policy:
@@ -212,6 +219,11 @@ class JaxEngine:
     def loss(self, batch: Pair) -> Any:
         return self._at(self.policy).loss(self.params, self.counters, *self._placed(batch))
 
+    def gradient(self, batch: Pair, policy: Policy) -> np.ndarray[Any, Any]:
+        """All gradients as one vector."""
+        grads, _ = self._at(policy).gradient(self.params, self.counters, None, *self._placed(batch))
+        return np.concatenate([np.asarray(g).ravel() for g in grads.values()]).astype(np.float64)
+
     def evaluate(self, batches: Iterable[Pair], policy: str | None = None) -> tuple[float, int]:
         parts = self._at(self.policy if policy is None else Policy.of(policy))
         total, count = 0.0, 0
@@ -238,7 +250,8 @@ class JaxEngine:
 
     def routes(self, policies: Iterable[Policy]) -> dict[str, str]:
         names = {rule.fmt.name for policy in policies for rule in policy.all_rules()}
-        return {name: "native" if name in PLAIN else "emulated" for name in sorted(names)}
+        native = (*PLAIN, *HALVES) if self._native else PLAIN
+        return {name: "native" if name in native else "emulated" for name in sorted(names)}
 
     def environment(self, routes: dict[str, str]) -> dict[str, Any]:
         return {
@@ -248,7 +261,7 @@ class JaxEngine:
             "machine": f"{platform.system()} {platform.machine()}",
             "device": self.device.platform,
             "device_name": None if self.device.platform == "cpu" else self.device.device_kind,
-            "contract": CONTRACT,
+            "contract": mezzo.jax.CONTRACT,
             "route": routes,
         }
 

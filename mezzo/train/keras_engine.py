@@ -25,7 +25,7 @@ from mezzo.train.arrays import Groups, Named, describe
 from mezzo.train.checkpoint import check_fit
 from mezzo.train.config import Config
 from mezzo.train.engine import Pair
-from mezzo.train.moves import Switched, gradients
+from mezzo.train.moves import Switched, comparison, gradients
 from mezzo.train.scale_state import Scales
 
 PLAIN = ("float32", "float64")  # whose products are TensorFlow's own
@@ -125,7 +125,7 @@ class KerasEngine:
     # --- phases ---
 
     def phases(self, schedule: Schedule, probe: Callable[[], Pair], held_out: Callable[[], Iterable[Pair]]) -> Switched:
-        return Switched(schedule, self._switch)
+        return Switched(schedule, self._switch, lambda low, high: comparison(self, low, high, probe, held_out))
 
     def _switch(self, policy: Policy) -> None:
         if policy != self.policy:
@@ -195,6 +195,12 @@ class KerasEngine:
     def loss(self, batch: Pair) -> Any:
         with tf.device(self.device):
             return self.model.mean_loss(*self._placed(batch))
+
+    def gradient(self, batch: Pair, policy: Policy) -> np.ndarray[Any, Any]:
+        """All gradients as one vector; of the scaled loss."""
+        with tf.device(self.device), self.precision.using(str(policy)):
+            grads, _ = self._function("gradient", self._gradient, str(policy))(*self._placed(batch))
+        return np.concatenate([tf.convert_to_tensor(g).numpy().ravel() for g in grads]).astype(np.float64)
 
     def evaluate(self, batches: Iterable[Pair], policy: str | None = None) -> tuple[float, int]:
         asked = str(self.policy if policy is None else Policy.of(policy))

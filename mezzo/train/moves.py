@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from mezzo.errors import ConfigError
 from mezzo.policy import Phase, Policy, Schedule
 from mezzo.policy.phases import Position
+from mezzo.train.engine import Pair
 
 
 class Switched:
     """`mezzo.train.engine.Moves`.
 
     switch    takes the next policy over
+    compare   (low, high) → what a calibrating phase reports on entering it, see `comparison`
     """
 
-    def __init__(self, schedule: Schedule, switch: Callable[[Policy], None]) -> None:
-        self.schedule, self._switch = schedule, switch
+    def __init__(
+        self,
+        schedule: Schedule,
+        switch: Callable[[Policy], None],
+        compare: Callable[[Policy, Policy], dict[str, float]],
+    ) -> None:
+        self.schedule, self._switch, self._compare = schedule, switch, compare
         self.position, self.step = schedule.start(), 0
         switch(self.phase.policy)
 
@@ -42,7 +51,8 @@ class Switched:
     def after(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Take note of a step; go on to the next phase where this one ends.
 
-        returns   what belongs into the record: "phase" (of this step), and on entering another "entered" and "ended_by"
+        returns   what belongs into the record: "phase" (of this step), and on entering another "entered", "ended_by"
+                  and, if that one calibrates, "calibration"
         """
         more: dict[str, Any] = {"phase": self.number}
         self.step = record["step"]
@@ -51,6 +61,8 @@ class Switched:
         if self.number != more["phase"]:
             more["entered"] = self.number
             more["ended_by"] = f"step {end}" if end is not None and self.step >= end else str(before.when)
+            if self.phase.calibrate:
+                more["calibration"] = self._compare(before.policy, self.phase.policy)
             self._switch(self.phase.policy)
         return more
 
@@ -64,6 +76,21 @@ class Switched:
         if self.position.index >= len(self.schedule.phases):
             raise ConfigError(f"the saved run is in phase {self.number}, the schedule has {len(self.schedule.phases)}")
         self._switch(self.phase.policy)
+
+
+def comparison(
+    engine: Any, low: Policy, high: Policy, probe: Callable[[], Pair], held_out: Callable[[], Iterable[Pair]]
+) -> dict[str, float]:
+    """What `low` loses against `high` at the weights as they are, as `mezzo.torch.calibrate.compare` says it.
+
+    engine    with gradient(batch, policy) → all gradients as one float64 vector, and evaluate
+    """
+    of_low, of_high = (engine.gradient(probe(), policy) for policy in (low, high))
+    norms = float(np.linalg.norm(of_low)), float(np.linalg.norm(of_high))
+    found = {"gradient_cosine": float(of_low @ of_high) / (norms[0] * norms[1]), "gradient_ratio": norms[0] / norms[1]}
+    for name, policy in (("val_loss_low", low), ("val_loss_high", high)):
+        found[name] = engine.evaluate(held_out(), str(policy))[0]
+    return found
 
 
 def gradients(finite: Mapping[str, Any]) -> str:

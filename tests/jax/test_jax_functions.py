@@ -260,3 +260,111 @@ def test_a_state_keyword_of_the_function_s_own_is_not_taken_away():
         FP8(function)
     again = FP8(function, keyword="opt_state")
     assert again({"w": W[0]}, X, 2.0).shape == (10, 16)
+
+
+# --- what a maintainer's read and a user's trial found ---
+
+
+def test_a_learned_start_of_a_loop_does_not_take_the_cell_s_name():
+    p = {"h0": jnp.zeros(16), "cell": {"w": W[0]}}
+    rnn = lambda p, x: jax.lax.scan(lambda h, row: (jnp.tanh(h @ p["cell"]["w"] + row), None), p["h0"], x)[0].sum()  # noqa: E731
+    assert paths(rnn, p, X) == ["cell"]
+
+
+def test_learned_queries_are_attention_s_not_a_layer_s():
+    p = {"latents": jax.random.normal(jax.random.key(0), (1, 4, 2, 8))}
+    kv = X[:8].reshape(1, 8, 2, 8)
+    attend = lambda p, kv: jax.nn.dot_product_attention(p["latents"], kv, kv).sum()  # noqa: E731
+    roles = {row.site.partition(":")[2] for row in FP8.sites(attend, p, kv)}
+    assert "fprop.query" in roles
+    assert "fprop.a" not in roles
+
+
+def test_a_function_of_ones_own_is_no_attention_by_its_name():
+    def train_dot_product_attention_model(p, x):
+        return (x @ x.T).sum()
+
+    assert "(model):fprop.a" in {row.site for row in FP8.sites(train_dot_product_attention_model, P, X)}
+
+
+def test_attention_without_a_scope_has_the_path_that_its_layers_lie_in():
+    class Blocks(equinox.Module):
+        blocks: list
+
+        def __call__(self, x):
+            for block in self.blocks:
+                x = block(x, x, x)
+            return x
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    model = Blocks([equinox.nn.MultiheadAttention(2, 16, key=key) for key in keys])
+    loss = lambda m, x: (m(x) ** 2).mean()  # noqa: E731
+    rows = mezzo.jax.Precision("bf16; blocks.1:fprop.query=float32").sites(loss, model, X)
+    formats = {row.site: row.format for row in rows}
+    assert (formats["blocks.0:fprop.query"], formats["blocks.1:fprop.query"]) == ("bfloat16", "float32")
+    with pytest.raises(ConfigError, match=r"speaks of fprop.query, which no product of blocks.0.query_proj has"):
+        mezzo.jax.Precision("bf16; blocks.0.query_proj:fprop.query=float32").sites(loss, model, X)
+
+
+def test_layers_that_a_loop_takes_by_their_number_cannot_be_told_apart_either():
+    policy = mezzo.jax.Precision("bf16; layers.last-25%.*:*.[ab]=float32")
+    with pytest.raises(ConfigError, match="cannot be told apart"):
+        policy(fori)(P, X)
+    inner = {"layers": {"dense": {"kernel": W}}}
+    loss = lambda p, x: jax.lax.scan(lambda c, w: (c @ w, None), x, p["layers"]["dense"]["kernel"])[0].sum()  # noqa: E731
+    with pytest.raises(ConfigError, match="cannot be told apart"):
+        mezzo.jax.Precision("bf16; layers.3.dense:*=float32")(loss)(inner, X)
+
+
+def test_float64_sites_of_float32_numbers_are_refused():
+    with jax.enable_x64(True), pytest.raises(ConfigError, match="make parameters and inputs float64"):
+        mezzo.jax.Precision("fp64")(lambda p, x: x @ p["d"]["w"])({"d": {"w": W[0]}}, X)
+
+
+def test_wrapping_the_gradient_or_wrapping_twice_is_refused():
+    with pytest.raises(ConfigError, match=r"gives back a tree like its parameters.*jax.grad\(precision\(loss_fn\)\)"):
+        FP8(jax.grad(unrolled))(P, X)
+    with pytest.raises(ConfigError, match="gives back a tree like its parameters"):
+        FP8(jax.value_and_grad(unrolled))(P, X)
+    with pytest.raises(ConfigError, match="under a policy already"):
+        FP8(FP8(unrolled))
+    assert FP8.sites(FP8(unrolled), P, X) == FP8.sites(unrolled, P, X)
+
+
+def test_several_arguments_can_hold_parameters():
+    loss = lambda trained, frozen, x: (x @ frozen["a"]["w"] @ trained["b"]["w"]).sum()  # noqa: E731
+    rows = FP8.sites(loss, {"b": {"w": W[0]}}, {"a": {"w": W[1]}}, X, argnums=(0, 1))
+    assert {row.site.partition(":")[0] for row in rows} == {"a", "b"}
+
+
+def test_nnx_hands_the_state_through():
+    loss = lambda m, x: jnp.mean(m(x) ** 2)  # noqa: E731
+    precision, model = mezzo.jax.Precision("fp16"), Nnx(nnx.Rngs(0))
+    _, grads = nnx.value_and_grad(precision(loss))(model, X, state=precision.init())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_scopes_stay_in_the_program():
+    def loss(p, x):
+        with jax.named_scope("myscope"):
+            return (x @ p["d"]["w"]).sum()
+
+    text = jax.jit(FP8(loss)).lower({"d": {"w": W[0]}}, X).as_text(debug_info=True)
+    assert "myscope" in text
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mezzo.jax.Precision(None), "a policy is text such as 'bf16', or a Policy; got None"),
+        (lambda: mezzo.jax.Precision("BF16"), "did you mean bf16"),
+        (lambda: mezzo.jax.Precision("bf16", seed="0"), "seed is a whole number from 0 to 2\\*\\*64 - 1, got '0'"),
+        (lambda: mezzo.jax.Precision("bf16", seed=-1), "got -1"),
+        (lambda: FP8(P), r"wrap a function, precision\(loss_fn\); got dict"),
+        (lambda: FP8.optimizer("adam"), "an optax transformation is needed"),
+        (lambda: mezzo.jax.Precision("bf16; nowhere:*=float32")(unrolled)(P, X), "it has layers"),
+    ],
+)
+def test_mistakes_are_told(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()

@@ -127,6 +127,47 @@ def test_each_step_draws_new_words():
     assert (first[3]["a"]["kernel"] != second[3]["a"]["kernel"]).any()
 
 
+def test_the_state_can_be_donated():
+    precision = mezzo.jax.Precision("fp16")
+    optimizer = precision.optimizer(optax.adam(0.1))
+
+    def step(params, state):
+        grads = jax.grad(precision(loss))(params, X, state=state)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.array, W)
+    params, state = jax.jit(step, donate_argnums=(0, 1))(params, optimizer.init(params))
+    assert int(state.precision.steps) == 1
+
+
+def test_accumulation_belongs_inside_of_the_guard():
+    """Outside, one overflow stays in optax's sum for good."""
+    _, step, params, state = make("fp16; loss_scale.init=4", optax.MultiSteps(optax.sgd(0.1), 2))
+    for gain in (1.0, np.inf, 1.0, 1.0, 1.0):
+        params, state, _, _ = step(params, state, X, np.float32(gain))
+    assert (int(state.precision.skipped), int(state.precision.draws)) == (1, 5)
+    assert (params["a"]["kernel"] != W["a"]["kernel"]).any()
+
+
+def test_float16_parameters_are_refused_where_the_loss_is_scaled():
+    halves = jax.tree.map(lambda w: jnp.asarray(w, jnp.float16), W)
+    with pytest.raises(ConfigError, match="keep parameters and loss in float32"):
+        mezzo.jax.Precision("fp16; loss_scale=8")(loss)(halves, X)
+
+
+def test_a_state_of_another_optimizer_is_told():
+    optimizer = mezzo.jax.Precision("bf16").optimizer(optax.adam(0.1))
+    with pytest.raises(ConfigError, match=r"begin with opt_state = optimizer.init\(params\)"):
+        optimizer.update(W, optax.adam(0.1).init(W), W)
+
+
+def test_a_cotangent_that_is_a_plain_number_is_taken():
+    precision = mezzo.jax.Precision("fp16")
+    _, back = jax.vjp(lambda p: precision(loss)(p, X, state=precision.init()), jax.tree.map(jnp.asarray, W))
+    assert np.isfinite(back(1.0)[0]["a"]["kernel"]).all()
+
+
 # --- phases ---
 
 
@@ -205,6 +246,16 @@ def test_measures_are_those_of_the_reference():
     # What fp16 would see of a gradient carries its loss scale.
     gradient, scaled = (sites[Site("b", "dgrad.a")].measure.amax for sites in (sample.sites, sample.whatif["fp16"]))
     assert scaled == gradient * 2**16
+
+
+def test_what_is_computed_again_is_measured_once():
+    again = lambda p, x: jax.checkpoint(loss)(p, x)  # noqa: E731
+    precision = mezzo.jax.Precision("bf16")
+    counts = [
+        mezzo.jax.measure(precision, function, W, X).sites[Site("a", "fprop.a")].measure.count
+        for function in (loss, again)
+    ]
+    assert counts == [12, 12]
 
 
 def test_the_first_site_that_is_not_finite_is_named():
