@@ -14,8 +14,9 @@ step  gpt-proof, one step from the same weights (PyTorch's) on the same batch: o
       have float32 ones.
 runs  gpt-proof, 1,000 steps on the stdlib corpus, the same initial weights (PyTorch's of that seed), batches and
       schedule: held-out loss in float32 against PyTorch's run of the same policy and seed, which benchmarks/quality.py
-      made, beside that script's control ensemble: float32 against float32 perturbed by 1e-7. Restartable; each run is a
-      line of benchmarks/results/frameworks-runs.jsonl.
+      made, beside that script's control ensemble (float32 against float32 perturbed by 1e-7), and beside what PyTorch's
+      own runs of that policy scatter by (standard deviation of their paired gaps to float32): once operands are rounded,
+      runs part much faster. Restartable; each run is a line of benchmarks/results/frameworks-runs.jsonl.
 
 All formats below 32 bits take the emulated route. Each part writes its own results/frameworks-PART.json.
 """
@@ -158,12 +159,15 @@ def runs(args: argparse.Namespace) -> None:
     theirs = of_torch(steps)
     control = [theirs["control", s]["val_loss_fp32"] / theirs["fp32", s]["val_loss_fp32"] - 1
                for arm, s in theirs if arm == "control" and ("fp32", s) in theirs]  # fmt: skip
+    arms = json.loads((RESULTS / "quality.json").read_text())["table"]
+    scatter = {name: statistics.stdev(arm["gaps"]) for name, arm in arms.items() if len(arm.get("gaps", [])) > 1}
+    scatter["fp32"] = statistics.stdev(control)
     table = []
     for (framework, policy, seed), run in sorted(done.items()):
         torchs = theirs.get((policy, seed))
         gap = run["val_loss_fp32"] / torchs["val_loss_fp32"] - 1 if torchs else None
         table.append({"framework": framework, "policy": policy, "seed": seed, "val_loss_fp32": run["val_loss_fp32"],
-                      "torch": torchs and torchs["val_loss_fp32"], "gap": gap, "skipped": run["skipped"],
+                      "torch": torchs and torchs["val_loss_fp32"], "gap": gap, "scatter": scatter.get(policy), "skipped": run["skipped"],
                       "seconds": run["seconds"]})  # fmt: skip
     # What a policy's runs of several seeds differ by, pair by pair of frameworks, beside what a perturbation does.
     about = {"model": "gpt-proof, batch 8, lr 3e-3 cosine", "steps": steps, "routes": "emulated",
@@ -172,6 +176,7 @@ def runs(args: argparse.Namespace) -> None:
     print(f"control ensemble: {min(control):+.3%} … {max(control):+.3%}, deviation {statistics.stdev(control):.3%}")
     for row in table:
         gap = "" if row["gap"] is None else f"  torch {row['torch']:.4f}  gap {row['gap']:+.3%}"
+        gap += "" if row["scatter"] is None else f"  (scatter {row['scatter']:.3%})"
         print(f"{row['framework']:11} {row['policy']:6} seed {row['seed']}  {row['val_loss_fp32']:.4f}{gap}")
     print(f"written to {path}")
 
