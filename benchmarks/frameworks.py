@@ -14,9 +14,9 @@ step  gpt-proof, one step from the same weights (PyTorch's) on the same batch: o
       have float32 ones.
 runs  gpt-proof, 1,000 steps on the stdlib corpus, the same initial weights (PyTorch's of that seed), batches and
       schedule: held-out loss in float32 against PyTorch's run of the same policy and seed, which benchmarks/quality.py
-      made, beside that script's control ensemble (float32 against float32 perturbed by 1e-7), and beside what PyTorch's
-      own runs of that policy scatter by (standard deviation of their paired gaps to float32): once operands are rounded,
-      runs part much faster. Restartable; each run is a line of benchmarks/results/frameworks-runs.jsonl.
+      made, beside that script's control ensemble (float32 against float32 perturbed by 1e-7), and beside what
+      PyTorch's own runs of that policy scatter by (standard deviation of their paired gaps to float32): once operands
+      are rounded, runs part much faster. Restartable; each run is a line of benchmarks/results/frameworks-runs.jsonl.
 
 All formats below 32 bits take the emulated route. Each part writes its own results/frameworks-PART.json.
 """
@@ -167,7 +167,8 @@ def runs(args: argparse.Namespace) -> None:
         torchs = theirs.get((policy, seed))
         gap = run["val_loss_fp32"] / torchs["val_loss_fp32"] - 1 if torchs else None
         table.append({"framework": framework, "policy": policy, "seed": seed, "val_loss_fp32": run["val_loss_fp32"],
-                      "torch": torchs and torchs["val_loss_fp32"], "gap": gap, "scatter": scatter.get(policy), "skipped": run["skipped"],
+                      "torch": torchs and torchs["val_loss_fp32"], "gap": gap, "scatter": scatter.get(policy),
+                      "skipped": run["skipped"],
                       "seconds": run["seconds"]})  # fmt: skip
     # What a policy's runs of several seeds differ by, pair by pair of frameworks, beside what a perturbation does.
     about = {"model": "gpt-proof, batch 8, lr 3e-3 cosine", "steps": steps, "routes": "emulated",
@@ -279,10 +280,11 @@ def step(args: argparse.Namespace) -> None:
             both = [site for site in theirs if site in ours and theirs[site].size == ours[site].size]
             flips, elements, first, worst = 0, 0, 0.0, ("", 0.0)
             for site in both:
-                a, b = theirs[site].reshape(-1), ours[site].reshape(-1)
-                if theirs[site].shape != ours[site].shape and theirs[site].T.shape == ours[site].shape:
-                    a = theirs[site].T.reshape(-1)
-                differ = int((np.abs(a - b) > half_step(policy, site) * np.maximum(np.abs(a), np.abs(b))).sum())
+                a, b = theirs[site], ours[site]
+                # A Dense's kernel is (in, out): of a square one only its values tell.
+                ways = [one for one in (a, a.T) if one.shape == b.shape] or [a.reshape(b.shape)]
+                step_ = half_step(policy, site)
+                differ = min(int((np.abs(o - b) > step_ * np.maximum(np.abs(o), np.abs(b))).sum()) for o in ways)
                 first = differ / a.size if site == both[0] else first
                 flips, elements = flips + differ, elements + a.size
                 if differ / a.size > worst[1]:
