@@ -9,6 +9,7 @@ mnist_torch.py and mnist_tensorflow.py begin with the same weights and see the s
 from __future__ import annotations
 
 import argparse
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import optax
 
 import mezzo.jax
 from mezzo.data.images import initial_weights, load, order
+from mezzo.errors import MezzoError
 
 HIDDEN, CLASSES, BATCH, LEARNING_RATE = 128, 10, 32, 1e-3
 
@@ -69,4 +71,7 @@ def main(arguments: list[str] | None = None) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MezzoError as error:
+        sys.exit(f"error: {error}")

@@ -9,12 +9,17 @@ mnist_torch.py and mnist_jax.py begin with the same weights and see the same bat
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else TensorFlow tells of the instructions it was built for
 
 import keras
 import tensorflow as tf
 
 import mezzo.keras
 from mezzo.data.images import initial_weights, load, order
+from mezzo.errors import MezzoError
 
 HIDDEN, CLASSES, BATCH, LEARNING_RATE = 128, 10, 32, 1e-3
 
@@ -57,4 +62,7 @@ def main(arguments: list[str] | None = None) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MezzoError as error:
+        sys.exit(f"error: {error}")

@@ -9,6 +9,7 @@ mnist_jax.py and mnist_tensorflow.py begin with the same weights and see the sam
 from __future__ import annotations
 
 import argparse
+import sys
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 import mezzo.torch
 from mezzo.data.images import initial_weights, load, order
+from mezzo.errors import MezzoError
 
 HIDDEN, CLASSES, BATCH, LEARNING_RATE = 128, 10, 32, 1e-3
 
@@ -59,4 +61,7 @@ def main(arguments: list[str] | None = None) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MezzoError as error:
+        sys.exit(f"error: {error}")

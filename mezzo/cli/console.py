@@ -30,6 +30,11 @@ def size(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
+def shown_as_torch(why: str, framework: str) -> str | None:
+    """The line above what torch shows of a run that is another framework's; None for one of its own."""
+    return None if framework == "torch" else f"shown as PyTorch would run it; {why}"
+
+
 def describe(info: Record) -> str:
     """The lines before the first step."""
     routes = ", ".join(f"{name} {route}" for name, route in info["routes"].items())
@@ -55,13 +60,16 @@ def describe(info: Record) -> str:
 class Progress(Listener):
     """Shows step, loss, validation loss, tokens/s, memory and time left.
 
+    Speed and time left only from the second step on where the first one compiles: under JAX and TensorFlow.
+
     every     seconds between two lines where the output is no terminal
     """
 
     def __init__(self, console: Console, label: str = "", every: float = 10.0) -> None:
         self.console, self.label, self.every = console, label, every
         self.live: Live | None = None
-        self.steps = self.first = 0
+        self.steps = self.first = self.since = 0
+        self.compiling = False
         self.begin = self.last_line = 0.0
         self.loss: float | None = None
         self.val_loss: float | None = None
@@ -69,6 +77,7 @@ class Progress(Listener):
 
     def started(self, info: Record) -> None:
         self.steps, self.first = info["steps"], info["first_step"]
+        self.since, self.compiling = self.first, info["framework"] != "torch"
         self.phases = len(info["phases"])
         self.message(describe(info))
         if self.first:
@@ -98,18 +107,21 @@ class Progress(Listener):
             self.message(line)
         if "sample" in record:
             self.message(f"    {record['sample']!r}")
+        if self.compiling:
+            self.since, self.begin, self.compiling = record["step"], now, False
 
     def line(self, record: Record) -> str:
         """One record as a line of text."""
-        done, step = record["step"] - self.first, record["step"]
+        done, step = record["step"] - self.since, record["step"]
         left = (time.perf_counter() - self.begin) / max(1, done) * (self.steps - step)
         mfu = f"  mfu {record['mfu']:.0%}" if record["mfu"] is not None else ""
         val = "" if self.val_loss is None else f"  val {self.val_loss:.4f}"
         label = f"{self.label}  " if self.label else ""
         phase = f"phase {self.phase}/{self.phases}  " if self.phases else ""
+        speed = "" if self.compiling else f"{record['tokens_per_s']:,.0f} tok/s{mfu}  "
         return (
             f"{label}{phase}step {step:>{len(str(self.steps))}}/{self.steps}  loss {self.loss:.4f}{val}  "
-            f"{record['tokens_per_s']:,.0f} tok/s{mfu}  {size(record['memory'])}  {clock(left)} left"
+            f"{speed}{size(record['memory'])}" + ("" if self.compiling else f"  {clock(left)} left")
         )
 
     def _bar(self, step: int, line: str) -> RichTable:

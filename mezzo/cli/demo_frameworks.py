@@ -1,6 +1,6 @@
 """One run's checkpoint under each framework that is installed: the part of `mezzo demo` that runs in processes apart.
 
-    python -m mezzo.cli.demo_frameworks RUN FRAMEWORK BATCHES     prints {"loss": held-out loss under the run's policy}
+python -m mezzo.cli.demo_frameworks RUN FRAMEWORK BATCHES     prints {"loss": held-out loss under the run's policy}
 """
 
 from __future__ import annotations

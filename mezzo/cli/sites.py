@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from mezzo.torch import Precision
+    from mezzo.train.config import Config
 
 
 @click.command()
@@ -28,7 +29,10 @@ def sites(source: str, policy: str | None, as_json: bool) -> None:
       mezzo sites runs/first
       mezzo sites config.toml --policy "bf16; head:*=float32" --json
     """
-    phases = _previews(source, policy)
+    config, said = _opened(Path(source))
+    phases = _previews(config, policy)
+    if said is not None:
+        click.echo(said, err=as_json)
     if as_json:
         tables = [[asdict(row) for row in one.sites()] for one in phases]
         several = [
@@ -59,15 +63,27 @@ def sites(source: str, policy: str | None, as_json: bool) -> None:
             console.print(f"\n{text}", soft_wrap=True)
 
 
-def _previews(source: str, policy: str | None) -> list[Precision]:
+def _opened(path: Path) -> tuple[Config, str | None]:
+    """A run's config or a file's, and what to say if it is another framework's."""
+    from mezzo.cli.console import shown_as_torch
+    from mezzo.train.config import load
+    from mezzo.train.rundir import RunDir
+    from mezzo.train.stored import read_config, trained_under
+
+    if not path.is_dir():
+        config = load(path)
+        return config, shown_as_torch(f"this config trains under {config.train.framework}", config.train.framework)
+    run = RunDir.open(path)
+    config = read_config(run)
+    if (last := trained_under(run)) is not None:
+        return config, shown_as_torch(f"this run was last trained under {last}", last)
+    return config, shown_as_torch(f"this run is to train under {config.train.framework}", config.train.framework)
+
+
+def _previews(config: Config, policy: str | None) -> list[Precision]:
     """One for each phase."""
     from mezzo.train.assemble import choose_device
-    from mezzo.train.config import load
     from mezzo.train.preview import policies, preview
-    from mezzo.train.rundir import RunDir
-    from mezzo.train.stored import read_config
 
-    path = Path(source)
-    config = read_config(RunDir.open(path)) if path.is_dir() else load(path)
     device = choose_device(config.train.device)
     return [preview(config, device, one) for one in ([policy] if policy is not None else policies(config))]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import shlex
 import sys
 import time
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
     from mezzo.train.auto import Choice
     from mezzo.train.config import Config
-    from mezzo.train.listeners import Listener
+    from mezzo.train.listeners import Listener, Record
     from mezzo.train.session import Session
 
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, try again with --resume
@@ -40,7 +42,8 @@ def train(
 ) -> None:
     """Train a model on text. Without CONFIG, one that fits ten minutes on this machine.
 
-    Ends with code 75 if SIGTERM or Ctrl-C stopped it: it is saved then, go on with --resume.
+    Ends with code 75 if SIGTERM or Ctrl-C stopped it: it is saved then, go on with --resume; with code 1 if it
+    failed, also where the held-out loss is not finite at the end.
 
     \b
     Examples:
@@ -79,9 +82,12 @@ def train(
             raise ConfigError("--resume goes on with a run's own config; drop CONFIG and --out, change keys with --set")
         now = load(None, given, read_config(RunDir.open(resume)).model_dump(exclude_none=True))
         session = Session.resume(resume, now, _listeners(now, console))
-        if session.first >= now.train.steps:
+        if session.done:
             session.close()
-            console.print(f"nothing to do: {resume} has its {session.first:,} steps; add some with --set train.steps=…")
+            has, steps = f"nothing to do: {resume} has", now.train.steps
+            more = f"{session.first:,} steps, more than the {steps:,} asked for"
+            has += f" its {steps:,} steps" if session.first == steps else f" {more}"
+            console.print(f"{has}; add some with --set train.steps=…")
             return
     else:
         chosen = load(config, given)
@@ -93,16 +99,46 @@ def train(
             console.print(f"chosen    {choice.reason}")
         out = out or time.strftime("runs/train-%Y%m%d-%H%M%S")
         session = Session.start(chosen, out, _listeners(chosen, console), corpus)
-    for _ in session.train():
-        pass
+    record, skips = {}, []
+    for record in session.train():
+        skips.append(record["skipped"])
+    if (skipped := _skipped(skips)) is not None:
+        console.print(f"{skipped}; see mezzo incidents {_path(session)}")
     if session.interrupted:
         console.print(
             f"stopped and saved after step {session.first:,}; to go on: mezzo train --resume {_path(session)}"
         )
         sys.exit(INTERRUPTED)
+    _check_held_out(record, _path(session))
     prompt = shlex.quote(session.config.train.sample_prompt)
     console.print(f"done; try: mezzo generate {_path(session)} --prompt {prompt}")
     console.print(f"      or:  mezzo report {_path(session)}")
+
+
+def _skipped(skips: list[bool]) -> str | None:
+    """What to say of a call's steps if more than a tenth were skipped, or the last ones: a loss scale's search skips
+    one now and then."""
+    count, trailing = sum(skips), len(list(itertools.takewhile(bool, reversed(skips))))
+    if count <= len(skips) / 10 and trailing < 2:
+        return None
+    last = ""
+    if trailing >= 2 and count < len(skips):
+        last = ", the last ones" if trailing == count else f", the last {trailing:,} among them"
+    return f"{count:,} of {len(skips):,} steps were skipped{last}"
+
+
+def _check_held_out(record: Record, run: str) -> None:
+    """raises    NonfiniteError if the run's last evaluation did not end in a number"""
+    from mezzo.errors import NonfiniteError
+
+    under, in_fp32 = record.get("val_loss", 0.0), record.get("val_loss_fp32", 0.0)
+    if math.isfinite(under):
+        return
+    if math.isfinite(in_fp32):
+        why = f"in float32 it is {in_fp32:.4f}, so a site of the policy overflows: spare it, or take another policy"
+    else:
+        why = "in float32 too, so the weights are of no use: lower train.lr, or take another policy"
+    raise NonfiniteError(f"the held-out loss is {under}: {why}; see mezzo incidents {run}")
 
 
 def _listeners(config: Config, console: Console) -> Listener:

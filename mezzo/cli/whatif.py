@@ -56,10 +56,11 @@ def whatif(
       mezzo whatif runs/first --policy "mxfp8; head:*=bfloat16" --spare 3 --json
       mezzo whatif runs/first/checkpoints/step-000500 --policy fp8 --batch ids.npy
     """
+    from mezzo.cli.console import shown_as_torch
     from mezzo.observe.whatif import answer
     from mezzo.policy import Policy
     from mezzo.torch import what_if
-    from mezzo.train.stored import load_checkpoint
+    from mezzo.train.stored import framework_of, load_checkpoint
 
     asked = Policy.of(policy)
     checkpoint, settings = _opened(Path(source), config)
@@ -68,6 +69,9 @@ def whatif(
     model.train()
     scale = _loss_scale(checkpoint, asked)
     found = answer(what_if(precision, [asked], losses, scale), asked, spare)
+    under = framework_of(checkpoint.meta)
+    if (said := shown_as_torch(f"this run was last trained under {under}", under)) is not None:
+        click.echo(said, err=as_json)
     if as_json:
         click.echo(json.dumps(_plain(found, checkpoint, scale), indent=2))
     else:

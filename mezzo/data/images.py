@@ -24,6 +24,7 @@ from mezzo.formats.philox import permute
 
 IMAGES, LABELS = 0x00000803, 0x00000801  # magic numbers of IDX: 0x08 is "unsigned bytes", then the number of dimensions
 _KINDS = {IMAGES: "images, unsigned bytes in 3 dimensions", LABELS: "labels, unsigned bytes in 1 dimension"}
+_ZIP, _NPY = b"PK", b"\x93NUMPY"  # what .npz and .npy files begin with
 _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 _NAMES = {"train": "train", "test": "t10k"}
 _SPLIT = (0, 0)  # key of the shuffle that holds out a fifth: one split for every seed, so that runs can be compared
@@ -169,6 +170,10 @@ def _from_pairs(folder: Path, pairs: dict[str, tuple[Path, Path]]) -> Images:
 def _npz(path: Path) -> Images:
     try:
         with path.open("rb") as handle:
+            begins = handle.read(len(_NPY))
+            if not begins.startswith((_ZIP, _NPY)):  # NumPy would take it for a pickle
+                raise ValueError("it is not a .npz file")
+            handle.seek(0)
             file = np.load(handle, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise DataError(f"{path}: expected an archive of arrays (.npz), found a single array")

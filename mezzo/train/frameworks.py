@@ -20,7 +20,7 @@ from mezzo.train.engine import Engine
 
 @dataclass(frozen=True)
 class Option:
-    """A key of the config.
+    """A key of the config, or what one can ask for.
 
     asked    whether a config asks for what not every framework has
     lacks    framework → what to do instead, in the imperative
@@ -31,12 +31,19 @@ class Option:
     lacks: dict[str, str] = field(default_factory=dict)
 
 
+def _float64(config: Config) -> bool:
+    schedule = config.schedule()
+    policies = [config.resolved_policy()] if schedule is None else [phase.policy for phase in schedule.phases]
+    return any(rule.fmt.name == "float64" for policy in policies for rule in policy.all_rules())
+
+
 def _both(remedy: str) -> dict[str, str]:
     return {"jax": remedy, "tensorflow": remedy}
 
 
 _NORM = "set it to 0; train.clip bounds the norm"
 OPTIONS: tuple[Option, ...] = (
+    Option("float64 sites", _float64, _both("take float32: its weights are float32 there")),
     Option("train.compile", lambda c: c.train.compile, _both("set it to false: its step is always compiled")),
     Option("train.deterministic", lambda c: c.train.deterministic is not None, _both("leave it out")),
     Option("train.checkpoint_activations", lambda c: c.train.checkpoint_activations, {"tensorflow": "set it to false"}),

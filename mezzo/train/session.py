@@ -122,8 +122,9 @@ class Session:
             if checkpoint is not None:
                 session._load(checkpoint)
             run.cut_back(session.first)
-            run.keep("config.toml", config.to_toml())
-            run.keep("policy.toml", config.resolved_policy().to_toml())
+            if not session.done:
+                run.keep("config.toml", config.to_toml())
+                run.keep("policy.toml", config.resolved_policy().to_toml())
             return session
         except BaseException:
             run.close()
@@ -139,6 +140,8 @@ class Session:
         for message in self.engine.load(checkpoint.load_group, checkpoint.groups, meta):
             self.listener.message(message)
         self.first = checkpoint.step
+        if self.done:
+            return
         for difference in self._differences(meta["environment"]):
             if meta["policy"] == str(self.engine.policy) or not difference.startswith("route."):
                 self.listener.message(f"this resume is not bitwise: {difference}")
@@ -310,6 +313,7 @@ class Session:
         tokens = t.steps * t.batch * t.accumulate * self.shape.seq_len
         return {
             "run": str(self.run.path),
+            "framework": t.framework,
             "steps": t.steps,
             "first_step": self.first,
             "parameters": parameter_count(self.shape),
@@ -351,9 +355,14 @@ class Session:
         return self._stopping
 
     @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.first >= self.config.train.steps
+
+    @property
     def interrupted(self) -> bool:
         """Whether a signal ended the run before its last step."""
-        return self._stopping and self.first < self.config.train.steps
+        return self._stopping and not self.done
 
     def close(self) -> None:
         """Let go of the run directory; training can be resumed from it."""

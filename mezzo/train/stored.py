@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mezzo.data.shards import Corpus
 from mezzo.data.tokenizer import Tokenizer
-from mezzo.errors import ConfigError, MezzoError, RunError
-from mezzo.train.checkpoint import Checkpoint, newest
+from mezzo.errors import CheckpointError, ConfigError, MezzoError, RunError
+from mezzo.train.checkpoint import Checkpoint, entries, newest, read_manifest
 from mezzo.train.config import Config, parse
 from mezzo.train.rundir import RunDir
 
@@ -32,6 +33,21 @@ def read_config(run: RunDir) -> Config:
         return parse(tomllib.loads(run.config_toml()))
     except (tomllib.TOMLDecodeError, ConfigError) as error:
         raise MezzoError(f"{run.config_path}: {error}") from error
+
+
+def trained_under(run: RunDir) -> str | None:
+    """The framework that the newest checkpoint's steps were taken in; None before the first checkpoint."""
+    for _, path in entries(run.checkpoints):
+        try:
+            return framework_of(read_manifest(path).meta)
+        except CheckpointError:
+            continue
+    return None
+
+
+def framework_of(meta: Mapping[str, Any]) -> str:
+    """The framework that wrote a checkpoint; once there was no other than torch, and no such key."""
+    return str(meta.get("environment", {}).get("framework", "torch"))
 
 
 def anchored(config: Config) -> Config:

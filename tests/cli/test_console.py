@@ -13,7 +13,8 @@ from rich.console import Console
 from mezzo.cli.console import Progress, clock, describe, size
 
 INFO: dict[str, Any] = {
-    "run": "runs/a", "steps": 1000, "first_step": 0, "parameters": 1234567, "tokens": 8_000_000, "policy": "bf16",
+    "run": "runs/a", "framework": "torch", "steps": 1000, "first_step": 0, "parameters": 1234567, "tokens": 8_000_000,
+    "policy": "bf16",
     "device": "cpu", "routes": {"bfloat16": "emulated", "float32": "native"}, "corpus": "ab" * 32,
     "train_tokens": 2_000_000, "valid_tokens": 100_000, "invalid_utf8": 0, "skipped_files": [], "phases": [],
     "advice": ["head:fprop.a: one", "two"],
@@ -109,6 +110,21 @@ def test_time_left_counts_from_the_step_that_was_resumed_from(monkeypatch: pytes
     now[0] += 30
     progress.record(record(930))
     assert progress.line(record(930)).endswith("1:10 left"), "30 steps in 30 s, 70 are left"
+
+
+def test_a_first_step_that_compiles_says_nothing_of_the_steps_that_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    out = io.StringIO()
+    progress = Progress(Console(file=out), every=0.0)
+    progress.started(INFO | {"first_step": 900, "framework": "jax"})
+    for step in (901, 902):
+        now[0] += 30 if step == 901 else 1
+        progress.record(record(step))
+    assert out.getvalue().splitlines()[-2:] == [
+        "step  901/1000  loss 2.5000  300 MiB",
+        "step  902/1000  loss 2.5000  12,346 tok/s  mfu 42%  300 MiB  1:38 left",
+    ]
 
 
 def test_brackets_in_policies_and_paths_are_printed_as_they_are() -> None:

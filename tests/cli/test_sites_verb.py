@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from in_process import Mezzo
+
+from mezzo.train.checkpoint import newest
+from mezzo.train.rundir import RunDir
+from mezzo.train.saver import save
 
 COLUMNS = ["site", "shape", "format", "route", "bytes"]
 
@@ -100,3 +105,32 @@ def test_a_config_with_phases_has_a_table_for_each_with_what_changes(mezzo: Mezz
     formats = [{row["site"]: row["format"] for row in table}["head:fprop.a"] for table in tables]
     assert formats == ["bfloat16", "float32"]
     assert len(json.loads(mezzo("sites", "phased.toml", "--json", "--policy", "fp32").out)) == len(tables[0])
+
+
+def test_a_run_of_another_framework_says_that_it_is_shown_as_torch_would_run_it(
+    mezzo: Mezzo, config: str, trained: Path
+) -> None:
+    shutil.copytree(trained, "run")
+    said = "shown as PyTorch would run it; this run was last trained under tensorflow\n"
+    Path("run/config.toml").write_text(Path("run/config.toml").read_text().replace('"torch"', '"jax"'))
+    assert mezzo("sites", "run").out.startswith("site "), "the checkpoint says torch, whatever the config"
+    _now_under("run", "tensorflow")
+    done = mezzo("sites", "run")
+    assert done.out.startswith(f"{said}site "), done
+    done = mezzo("sites", "run", "--json")
+    assert (done.err, json.loads(done.out)[0]["route"] != "") == (said, True), "what is parsed stays JSON"
+    shutil.rmtree("run/checkpoints")
+    said = "shown as PyTorch would run it; this run is to train under jax\n"
+    assert mezzo("sites", "run").out.startswith(said)
+    text = Path(config).read_text().replace("train = {", 'train = {framework = "jax", ')
+    Path("jax.toml").write_text(text)
+    assert mezzo("sites", "jax.toml").out.startswith("shown as PyTorch would run it; this config trains under jax\n")
+
+
+def _now_under(run: str, framework: str) -> None:
+    """Save the newest checkpoint again as another framework's."""
+    found, _ = newest(run)
+    assert found is not None
+    meta = {**found.meta, "environment": {**found.meta["environment"], "framework": framework}}
+    with RunDir.open(run, lock=True) as locked:
+        save(locked, found.step, {name: found.load_group(name) for name in found.groups}, meta, keep=1)

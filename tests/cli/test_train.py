@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from in_process import Mezzo, refused, write_text
 
+from mezzo.cli.train import _skipped
 from mezzo.train import auto
 from mezzo.train.config import load
 from mezzo.train.rundir import RunDir
@@ -118,6 +119,9 @@ def test_resume_goes_on_says_so_and_has_nothing_to_do_at_the_end(mezzo: Mezzo, c
     assert (done.code, done.err) == (0, "")
     assert done.out.endswith("nothing to do: run has its 4 steps; add some with --set train.steps=…\n")
     assert load("run/config.toml").train.steps == 4
+    done = mezzo("train", "--resume", "run", "--set", "train.steps=3", "--policy", "fp16")
+    assert done.out.endswith("do: run has 4 steps, more than the 3 asked for; add some with --set train.steps=…\n")
+    assert load("run/config.toml").train.steps == 4, "nothing ran under the new config"
     done = mezzo("train", "--resume", "run", "--set", "train.steps=6", "--policy", "fp16")
     assert done.code == 0, done.err
     assert "the policy was bf16, now fp16: a new loss scale begins\n" in done.out
@@ -217,6 +221,37 @@ def test_training_that_fails_ends_with_1_the_site_and_the_last_good_weights(
     assert "step 1 skipped: nonfinite at head:dgrad.a, loss scale was 1.67772e+07\n" in done.out
     assert "saved run/checkpoints/step-000002\n" in done.out
     assert mezzo("generate", "run", "--tokens", "2").code == 0
+
+
+@pytest.mark.parametrize(("in_fp32", "why"), [(5.5, "in float32 it is 5.5000, so"), (float("nan"), "in float32 too")])
+def test_a_held_out_loss_that_is_no_number_is_an_error_at_the_end(
+    mezzo: Mezzo, config: str, monkeypatch: pytest.MonkeyPatch, in_fp32: float, why: str
+) -> None:
+    found = {"val_loss": float("nan"), "val_loss_fp32": in_fp32, "val_bits_per_byte": 1.0}
+    monkeypatch.setattr("mezzo.train.session.Session.evaluate", lambda self: dict(found))
+    done = mezzo("train", config, "--out", "run")
+    refused(done, rf"the held-out loss is nan: {why}.*; see mezzo incidents run$")
+    assert "saved run/checkpoints/step-000004\n" in done.out
+    assert "done;" not in done.out
+
+
+def test_skipped_steps_are_counted_at_the_end(mezzo: Mezzo, config: str) -> None:
+    policy = "fp16; loss_scale=dynamic; loss_scale.init=16777216; loss_scale.patience=30"
+    done = mezzo("train", config, "--out", "run", "--policy", policy)
+    assert done.code == 0, done.err
+    skipped = sum(record["skipped"] for record in RunDir.open("run").records())
+    assert skipped > 0
+    assert f"\n{skipped} of 4 steps were skipped; see mezzo incidents run\ndone; " in done.out
+
+
+def test_what_is_said_of_skipped_steps() -> None:
+    good, bad = [False], [True]
+    assert _skipped([]) is None
+    assert _skipped(good * 89 + bad * 10 + good) is None
+    assert _skipped(good * 88 + bad * 11 + good) == "11 of 100 steps were skipped"
+    assert _skipped(good * 99 + bad) is None, "a loss scale that grows skips one now and then"
+    assert _skipped(good * 98 + bad * 2) == "2 of 100 steps were skipped, the last ones"
+    assert _skipped(bad + good * 97 + bad * 2) == "3 of 100 steps were skipped, the last 2 among them"
 
 
 def test_a_full_disk_at_the_end_is_an_error_with_the_reason(

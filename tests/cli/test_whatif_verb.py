@@ -74,6 +74,16 @@ def test_what_cannot_be_asked_says_why(mezzo: Mezzo, trained: Path) -> None:
     refused(mezzo("whatif", str(trained), "--policy", "fp8", "--config", "x.toml"), "--config is for a CHECKPOINT")
 
 
+def test_a_run_of_another_framework_is_shown_as_torch_would_run_it(
+    mezzo: Mezzo, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mezzo.train.stored.framework_of", lambda meta: "jax")
+    said = "shown as PyTorch would run it; this run was last trained under jax\n"
+    assert mezzo("whatif", run, "--policy", "nvfp4").out.startswith(said)
+    done = mezzo("whatif", run, "--policy", "nvfp4", "--json")
+    assert (done.err, json.loads(done.out)["step"]) == (said, 30)
+
+
 def test_sixteen_bits_leave_nothing_to_spare(mezzo: Mezzo, run: str) -> None:
     done = mezzo("whatif", run, "--policy", "bf16")
     assert "nothing to spare" in done.out

@@ -174,6 +174,9 @@ def test_a_wrong_npz_is_told_what_was_expected(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(DataError, match=r"cannot be read as mnist\.npz .*; for IDX files give their folder"):
             load(path)
+    path.write_text("It was a dark and stormy night.\n")
+    with pytest.raises(DataError, match=r"cannot be read as mnist\.npz \(it is not a \.npz file\); for IDX"):
+        load(path)
     np.save(tmp_path / "one.npy", x)
     with pytest.raises(DataError, match=r"expected an archive of arrays \(\.npz\), found a single array"):
         load(tmp_path / "one.npy")

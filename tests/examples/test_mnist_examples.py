@@ -98,3 +98,15 @@ def test_an_example_is_a_command(folder: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "mnist_torch.py"), "--epochs", "1", "--policy", "bf16; 2:*=float32"]
     done = subprocess.run([*command, "--data", str(folder)], capture_output=True, text=True, check=True)
     assert re.search(r"^test accuracy \d+\.\d\d%$", done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_what_an_example_cannot_do_is_one_line(framework: str, tmp_path: Path) -> None:
+    pytest.importorskip(PACKAGES[framework])
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night.\n")
+    command = [sys.executable, str(EXAMPLES / f"mnist_{framework}.py"), "--data", str(tmp_path / "book.txt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*book\.txt cannot be read as mnist\.npz \(it is not a \.npz file\); .*",
+                        done.stderr.splitlines()[-1])  # fmt: skip
+    assert "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,8 @@ def test_the_scales_of_torch_are_read_and_written_again_also_those_that_wait(tmp
         (("observe.whatif=['nvfp4']", "train.prune=2:4"), r"train.prune \(set it to 'none'\), observe.whatif \(set it"),
         (("train.clip_value=1", "train.clip_adaptive=1"), r"train.clip_value \(.*\), train.clip_adaptive \("),
         (("train.deterministic=true",), r"train.deterministic \(leave it out\)"),
+        (("policy=fp64",), r"jax cannot carry out float64 sites \(take float32: its weights are float32"),
+        (("policy=bf16; head:weight=float64",), "cannot carry out float64 sites"),
         (("policy=bf16-pure",), r"weights stored below 32 bits .* not there under jax; keep float32 masters"),
         (("policy=bf16; *:state=bfloat16",), r"moments stored below 32 bits .* not there under jax"),
     ],
@@ -172,6 +175,32 @@ def test_what_jax_lacks_is_an_error_with_the_remedy(tiny: Tiny, settings: tuple[
     with pytest.raises(ConfigError, match=message):
         frameworks.check(config)
     frameworks.check(under(config, "torch"))
+
+
+@pytest.mark.parametrize("framework", ["jax", "tensorflow"])
+def test_float64_in_one_phase_is_refused_too(tiny: Tiny, framework: str) -> None:
+    data = tiny("train.steps=6").model_dump(exclude_none=True)
+    config = parse(data | {"phase": [{"until": 3}, {"policy": "fp64"}]})
+    with pytest.raises(ConfigError, match=rf"{framework} cannot carry out float64 sites"):
+        frameworks.check(under(config, framework))
+    frameworks.check(under(config, "torch"))
+
+
+def test_jax_says_native_of_16_bits_where_its_device_multiplies_them_itself(tiny: Tiny) -> None:
+    pytest.importorskip("optax")
+    from mezzo.train.jax_engine import JaxEngine
+
+    policies = [Policy("mxfp8"), Policy("bf16"), Policy("fp16")]
+    config = tiny()
+    for platform, route in (("cpu", "emulated"), ("gpu", "native")):
+        engine = object.__new__(JaxEngine)  # nothing is placed on the device, which is none
+        engine.device = SimpleNamespace(platform=platform)
+        engine.config, engine.shape = config, config.model.resolve()
+        engine.options, engine._compiled = adamw_state.Options((0.9, 0.95), 0.1), {}
+        assert engine._at(Policy("bf16")).precision.native is (platform == "gpu")
+        routes = engine.routes(policies)
+        assert (routes.pop("bfloat16"), routes.pop("float16"), routes.pop("float32")) == (route, route, "native")
+        assert set(routes.values()) == {"emulated"}
 
 
 def test_a_framework_that_is_not_installed_says_how_to_install_it(

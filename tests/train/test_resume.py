@@ -218,6 +218,9 @@ def test_a_resume_that_is_not_bitwise_says_why(tmp_path: Path, tiny: Tiny) -> No
     heard = Heard()
     torch.set_num_threads(2)
     resumed(tmp_path / "run", heard=heard).close()
+    assert heard.messages == [], "no step is left"
+    more = read_config(RunDir.open(tmp_path / "run")).train.model_copy(update={"steps": 3})
+    resumed(tmp_path / "run", heard=heard, train=more).close()
     assert heard.messages == ["this resume is not bitwise: threads: 1 when saved, 2 now"]
 
 
