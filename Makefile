@@ -20,7 +20,7 @@ demo: install
 	@$(BIN)/mezzo demo
 
 test: install
-	@$(BIN)/python -m pytest -q -m 'not slow'
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m 'not slow'
 
 test-all: install check
 	@$(BIN)/python -m pytest -q
