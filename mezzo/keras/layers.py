@@ -14,6 +14,7 @@ import tensorflow as tf
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from mezzo.errors import ConfigError
+from mezzo.keras.backend import as_is
 from mezzo.keras.intercept import install
 from mezzo.keras.scope import Forward, Scope, Seen, entered, is_suspended, outer
 from mezzo.keras.table import Table
@@ -67,7 +68,11 @@ class Layers:
 
         @functools.wraps(own)
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self._run(layer, path, own, args, kwargs)
+            try:
+                return self._run(layer, path, own, args, kwargs)
+            except ConfigError as error:
+                as_is(error)
+                raise
 
         call._mezzo = self  # type: ignore[attr-defined]
         object.__setattr__(layer, "call", call)  # not tracked, not saved
@@ -115,6 +120,10 @@ class Layers:
             seen.calls += 1
         else:
             self.recording[(path, kind)] = Seen(path, kind, [tuple(shape) for shape in shapes])
+
+    def named(self) -> list[tuple[str, Any]]:
+        """(path, layer) of every layer that is wrapped."""
+        return [(self.paths[id(layer)], layer) for layer, _ in self._own]
 
     def variables(self) -> Iterator[tuple[str, Any]]:
         """(path, variable) of every weight, each once."""

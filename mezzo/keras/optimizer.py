@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from mezzo.errors import ConfigError
+from mezzo.keras.backend import as_is
 from mezzo.keras.state import State
 from mezzo.keras.table import Tensor
 
@@ -57,6 +58,15 @@ class Optimizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         parts = self.__dict__["_parts"]
         return parts.inner if name == "inner_optimizer" else getattr(parts.inner, name)
 
+    def __repr__(self) -> str:
+        inner = self.__dict__["_parts"].inner if "_parts" in self.__dict__ else None
+        return f"<mezzo.keras.Optimizer around {inner!r}>"
+
+    @property  # type: ignore[misc]  # nobody sets it
+    def __class__(self) -> Any:
+        """That of the optimizer inside: Keras writes its name into files. `type` and isinstance know this one too."""
+        return type(self.__dict__["_parts"].inner) if "_parts" in self.__dict__ else Optimizer
+
     def build(self, variables: Sequence[Any]) -> None:
         with tf.init_scope():
             if not self._parts.inner.built:
@@ -90,9 +100,11 @@ class Optimizer(keras.optimizers.Optimizer):  # type: ignore[misc]
             self.build(variables)
         state = parts.state
         if state.scaling is not None and not parts.scaled:
-            raise ConfigError(
-                "the gradients are divided by the loss scale, and the loss was never multiplied by it; write "
-                "loss = optimizer.scale_loss(loss) before tape.gradient(loss, …)"
+            raise as_is(
+                ConfigError(
+                    "the gradients are divided by the loss scale, and the loss was never multiplied by it; write "
+                    "loss = optimizer.scale_loss(loss) before tape.gradient(loss, …)"
+                )
             )
         each = [tf.norm(_dense(g, v)) for g, v in there]
         total = tf.norm(tf.stack([tf.cast(norm, each[0].dtype) for norm in each]))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.saved_model import save_context
 
 from mezzo.errors import ConfigError, NonfiniteError
-from mezzo.keras.layers import Layers
+from mezzo.keras.checks import check_layers, check_order, check_seed, policy_of
+from mezzo.keras.layers import COMPUTE, Layers
 from mezzo.keras.optimizer import Optimizer, Parts
 from mezzo.keras.sites import rows
 from mezzo.keras.state import Array, State
@@ -21,6 +23,20 @@ from mezzo.policy.site import ROOT, SiteRow
 from mezzo.policy.support import refuse
 
 _FUNCTIONS = ("train_function", "test_function", "predict_function")
+_Given = ParamSpec("_Given")
+
+
+def _in_order(
+    init: Callable[Concatenate[Precision, _Given], None],
+) -> Callable[Concatenate[Precision, _Given], None]:
+    """Before Python refuses a wrong number of arguments: say which are mixed up."""
+
+    def checked(self: Precision, /, *args: _Given.args, **kwargs: _Given.kwargs) -> None:
+        check_order(args, kwargs)
+        init(self, *args, **kwargs)
+
+    functools.update_wrapper(checked, init)
+    return checked
 
 
 class Precision:
@@ -41,15 +57,18 @@ class Precision:
     raises      ConfigError if the policy cannot be carried out on this model
     """
 
+    @_in_order
     def __init__(
         self, model: Any, policy: str | Policy = "bf16", *, seed: int = 0, max_norm: float | None = None
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ConfigError(f"max_norm is a positive number, got {max_norm!r}")
-        self.policy = Policy.of(policy)
+        check_seed(seed)
+        self.policy = policy_of(policy)
         self.model, self.max_norm = model, max_norm
         refuse(self.policy, "tensorflow")
-        self.hooks = Hooks()
+        self.hooks = Hooks(unguarded=self._unguarded)
+        self._guarded = False  # whether an optimizer is behind the loss scale
         self.state = State(self.policy.loss_scaling)
         self._rounder = Rounder(seed, self.state.whole["draws"])
         self._tables: dict[str, Table] = {}
@@ -78,11 +97,24 @@ class Precision:
         raises    ConfigError if it scales the loss itself
         """
         if isinstance(optimizer, Optimizer):
+            if optimizer._parts.state is not self.state:
+                raise ConfigError("this optimizer is guarded by another Precision; give its inner_optimizer")
             return optimizer
-        return Optimizer(Parts(optimizer, self.state, self.max_norm, lambda: self._generation, self._prepare))
+        guarded = Optimizer(Parts(optimizer, self.state, self.max_norm, lambda: self._generation, self._prepare))
+        self._guarded = True
+        return guarded
+
+    def _unguarded(self) -> Policy | None:
+        """The policy, if its loss scale would go unnoticed where gradients are taken now."""
+        scaling = self.policy.loss_scaling
+        if self._guarded or scaling is None or (scaling.is_constant and scaling.init == 1):
+            return None
+        if self.hooks.taps or self.layers is None or self.layers.table.policy != self.policy:
+            return None  # somebody only looks
+        return None if save_context.in_save_context() else self.policy  # what is exported has its gradients traced
 
     def _prepare(self, variables: Sequence[Any]) -> None:
-        self.state.watch([getattr(v, "path", v.name) for v in variables])
+        self.state.watch([_name(v) for v in variables])
         self.state.remember(self._layers.running())
 
     def check(self) -> None:
@@ -104,18 +136,27 @@ class Precision:
             less = ""
             if scaling and scaling.is_constant:
                 where, less = f"at the constant loss scale of {scaling.init:g}", "take a smaller loss_scale, "
+            found, rule = self._culprits()
+            wider = f", or give that layer a wider format with the rule {rule!r}" if rule else ""
             raise NonfiniteError(
-                f"{run} steps in a row had nonfinite gradients {where}; not finite is {self._culprits()}. The weights "
-                f"are those of the last good step. Look for NaN in the data, {less}lower the learning rate, or give "
-                "that layer a wider format, for instance with the rule 'PATH:*=float32'"
+                f"{run} steps in a row had nonfinite gradients {where}; not finite is {found}. The weights are those "
+                f"of the last good step. Look for NaN in the data, {less}lower the learning rate{wider}"
             )
 
-    def _culprits(self) -> str:
+    def _culprits(self) -> tuple[str, str]:
+        """What was not finite, and a rule that helps one layer of it: "" if none has a format to widen."""
         bad = self.state.nonfinite()
         if not bad:
-            return "the sum over all gradients"
+            return "the sum over all gradients", ""
+        table, wide = self._layers.table, {}
+        computing = {path for path, layer in self._layers.named() if isinstance(layer, COMPUTE)}
+        for path, variable in self._layers.variables():
+            if path not in computing and table.product(path, 0).uniform not in ("float32", "float64"):
+                wide[_name(variable)] = f"{path}:*={table.stored(path)}"
+        low = [name for name in bad if name in wide][-1:]
+        listed = bad[-3:] if not low or low[0] in bad[-3:] else [*low, *bad[-2:]]
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        return f"the gradient of {', '.join(bad[-3:])}{more}"
+        return f"the gradient of {', '.join(listed)}{more}", wide[low[0]] if low else ""
 
     # --- the model ---
 
@@ -162,6 +203,7 @@ class Precision:
                 policy.check_paths(self._paths)
             table = Table(policy, self._rounder, self.hooks, self._paths)
             table.resolve(self._paths)
+            check_layers(table, self._layers.named())
             self._tables[key] = table
         return self._tables[key]
 
@@ -220,7 +262,7 @@ class Precision:
         A tf.function of your own keeps the table that it was traced under; `model.evaluate` and the like follow.
         """
         outer = self._layers.table.policy
-        self._take(Policy.of(policy))
+        self._take(policy_of(policy))
         try:
             yield
         finally:
@@ -235,7 +277,7 @@ class Precision:
         loss_scale    begin with this one, if the policy has dynamic loss scaling
         raises        ConfigError if it does not, or cannot be carried out
         """
-        policy = Policy.of(policy)
+        policy = policy_of(policy)
         if str(self._layers.table.policy) != str(self.policy):
             raise ConfigError("switch() inside of using(): leave that first")
         if loss_scale is not None and (policy.loss_scaling is None or policy.loss_scaling.is_constant):
@@ -338,6 +380,10 @@ class Precision:
             self.model.optimizer = optimizer.inner_optimizer
             for name in _FUNCTIONS:
                 setattr(self.model, name, None)
+
+
+def _name(variable: Any) -> str:
+    return str(getattr(variable, "path", variable.name))
 
 
 def _dtypes(layers: Layers) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from tensorflow.python.eager import record
 from mezzo.errors import ConfigError
 from mezzo.formats import FLOAT32, FLOAT64, AnyFormat, ScaledFormat
 from mezzo.formats.rounding import Overflow
+from mezzo.keras.backend import as_is
 from mezzo.keras.quantize import hadamard, quantize
 from mezzo.policy import Policy, Rule, Site, Spec
 from mezzo.policy.policy import find
@@ -38,9 +39,14 @@ class Event(NamedTuple):
 
 @dataclass
 class Hooks:
-    """What listens to the sites while they run, eagerly."""
+    """What listens to the sites while they run.
+
+    taps         are told of roundings, eagerly
+    unguarded    gives the policy that scales the loss, if there is one and no optimizer would divide by the scale
+    """
 
     taps: list[Callable[[Event], None]] = field(default_factory=list)
+    unguarded: Callable[[], Policy | None] = lambda: None
 
 
 class Rounder:
@@ -111,6 +117,7 @@ class SiteSpec:
         return (
             self.uniform in ("float32", "float64")
             and not self.hooks.taps
+            and self.hooks.unguarded() is None  # its gradients are to be seen
             and all(x.dtype.name == self.uniform for x in tensors)
         )
 
@@ -137,7 +144,18 @@ class SiteSpec:
         return rounded
 
     def arriving(self, g: Tensor) -> Tensor:
-        """The gradient that comes back to the result: a tensor of 16 bits has a gradient of those 16 bits."""
+        """The gradient that comes back to the result: a tensor of 16 bits has a gradient of those 16 bits.
+
+        raises    ConfigError if the policy scales the loss and no optimizer was guarded
+        """
+        policy = self.hooks.unguarded()
+        if policy is not None:
+            raise as_is(
+                ConfigError(
+                    f"{policy} scales the loss, but no optimizer was guarded: optimizer = "
+                    "precision.optimizer(optimizer), and differentiate optimizer.scale_loss(loss)"
+                )
+            )
         if self.out.name not in HALVES:
             return g
         return self.rounder(g, Spec(self.out), -1, Site(self.path, "fprop.out"))

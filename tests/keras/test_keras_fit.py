@@ -178,6 +178,41 @@ def test_a_loop_of_ones_own_trains(policy, graph):
     assert precision.state_dict()["steps"] == 5
 
 
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("policy", ["fp16", "bf16; loss_scale=8", "fp32; loss_scale=8"])
+def test_gradients_of_a_loss_that_nobody_scaled_are_refused(policy, graph):
+    model = sequential()
+    precision = mezzo.keras.Precision(model, policy=policy)
+
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+        return tape.gradient(loss, model.trainable_variables)
+
+    run = tf.function(step) if graph else step
+    says = f"^{policy} scales the loss, but no optimizer was guarded: optimizer = precision.optimizer"
+    with pytest.raises(ConfigError, match=says):
+        run(X, Y)
+    # Who only looks goes on.
+    assert np.isfinite(model(X)).all()
+    assert mezzo.keras.measure(precision, X, Y, keras.losses.mean_squared_error).sites
+    with precision.tap(lambda *_: None):
+        assert step(X, Y)[0] is not None
+    with precision.using("fp32"):
+        assert step(X, Y)[0] is not None
+    precision.optimizer(keras.optimizers.SGD())
+    assert run(X, Y)[0] is not None
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16; loss_scale=none", "fp16; loss_scale=1"])
+def test_gradients_of_a_loss_that_is_not_scaled_need_no_optimizer(policy):
+    model = sequential()
+    mezzo.keras.Precision(model, policy=policy)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(model(X))
+    assert tape.gradient(loss, model.trainable_variables)[0] is not None
+
+
 @pytest.mark.parametrize("max_norm", [0.1, 1e6])
 def test_gradients_are_clipped_to_the_total_norm(max_norm):
     layer = keras.Sequential([keras.Input((16,)), keras.layers.Dense(4, use_bias=False), keras.layers.Dense(4)])
@@ -269,6 +304,39 @@ def test_what_is_saved_is_the_models_own_and_loads_without_mezzo(tmp_path):
     assert again.state_dict() == precision.state_dict()
     clone = keras.models.clone_model(model)
     assert "call" not in clone.layers[0].__dict__
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_h5_file_names_the_optimizer_inside_and_loads_without_mezzo(tmp_path):
+    # Keras cannot load its own "mse" from such a file.
+    model, precision, _ = fitted(sequential(), "fp16", loss=keras.losses.MeanSquaredError())
+    model.save(tmp_path / "model.h5")
+    code = (
+        "import sys, keras, numpy as np\n"
+        f"m = keras.models.load_model({str(tmp_path / 'model.h5')!r})\n"
+        "assert type(m.optimizer) is keras.optimizers.Adam\n"
+        "m.predict(np.ones((4, 16)), verbose=0)\n"
+        "assert not any(name.startswith('mezzo') for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    loaded = keras.models.load_model(tmp_path / "model.h5")
+    assert same(model, loaded)
+    # From this format Keras restores no moments, with mezzo or without; it asks for another compile before fit.
+    mezzo.keras.Precision(loaded, policy="fp16").load_state_dict(precision.state_dict())
+    loaded.compile("adam", "mse")
+    loaded.fit(X, Y, verbose=0)
+    saved = keras.optimizers.serialize(model.optimizer)
+    assert (saved["module"], saved["class_name"]) == ("keras.optimizers", "Adam")
+
+
+def test_the_guard_is_its_own_type_and_shows_the_optimizer_inside():
+    guard = mezzo.keras.Precision(sequential(), policy="fp16").optimizer(keras.optimizers.Adam())
+    assert type(guard) is mezzo.keras.Optimizer
+    assert isinstance(guard, mezzo.keras.Optimizer)
+    assert isinstance(guard, keras.optimizers.Optimizer)
+    assert not isinstance(guard.inner_optimizer, mezzo.keras.Optimizer)
+    assert repr(guard) == f"<mezzo.keras.Optimizer around {guard.inner_optimizer!r}>"
+    assert "Adam" in repr(guard)
 
 
 def test_a_checkpoint_of_tensorflow_holds_the_optimizer_inside(tmp_path):

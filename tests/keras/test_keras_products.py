@@ -107,6 +107,7 @@ def ratios(policy, op, a, b, view, g, **how):
     """Product → error as a multiple of the derived bound."""
     model = Product(op)
     precision = mezzo.keras.Precision(model, policy=policy)
+    precision.optimizer(keras.optimizers.SGD())  # fp16 asks for one where gradients are taken
     y, da, db = gradients(model, (a, b), g, **how)
     precision.remove()
     x, w, back = view(a, b)
@@ -360,10 +361,16 @@ def test_convolutions_round_each_operand_of_each_product(case):
 
 
 def test_blocks_and_transforms_are_refused_in_convolutions():
-    layer = keras.layers.Conv2D(4, 3)
+    class Own(keras.layers.Layer):
+        def call(self, x):
+            return keras.ops.conv(x, np.ones((3, 3, 3, 4), "f"))
+
+    layer = Own()
     mezzo.keras.Precision(layer, policy="mxfp8")
-    with pytest.raises(ConfigError, match="a convolution sums over several axes"):
-        layer(RNG.randn(1, 5, 5, 3).astype("f"))
+    with pytest.raises(ConfigError, match=r"^\(model\):fprop.a=mxfp8_e4m3: a convolution sums over several axes"):
+        layer(RNG.randn(1, 5, 5, 3).astype("f"))  # without "Exception encountered when calling"
+    with pytest.raises(ConfigError, match=r"^\(model\):fprop.a=mxfp8_e4m3: a convolution sums over several axes"):
+        tf.function(lambda x: layer(x))(RNG.randn(1, 5, 5, 3).astype("f"))  # nor "in user code"
 
 
 def test_an_embedding_looks_up_the_master_and_a_tied_head_is_a_product():

@@ -117,6 +117,7 @@ def test_steps_that_stay_nonfinite_stop_the_training_and_name_the_variables(poli
     with pytest.raises(NonfiniteError, match=where) as found:
         model.fit(BAD, Y, batch_size=8, epochs=30, verbose=0)
     assert "head/bias" in str(found.value)
+    assert str(found.value).endswith("or give that layer a wider format with the rule 'head:*=float32'")
     assert equal(before, model.get_weights())
     assert precision.state_dict()["steps"] < 30
 
@@ -240,3 +241,17 @@ def test_scales_that_wait_are_part_of_the_state():
     other.switch(SCALING)
     assert other.state_dict()["scale"] == 4
     assert LossScaling().init == 2.0**16
+
+
+def test_the_layer_that_is_to_be_wider_is_listed_and_can_be():
+    model, precision = compiled("bf16; head:*=float32")
+    with pytest.raises(NonfiniteError, match=r"hidden/bias, .* with the rule 'hidden:\*=float32'$") as found:
+        model.fit(BAD, Y, batch_size=8, epochs=30, verbose=0)
+    rule = str(found.value).rpartition("the rule ")[2].strip("'")
+    precision.switch(f"{precision.policy}; {rule}")
+
+
+def test_where_no_format_can_be_wider_no_rule_is_named():
+    model, _ = compiled("fp32")
+    with pytest.raises(NonfiniteError, match=r"lower the learning rate$"):
+        model.fit(BAD, Y, batch_size=8, epochs=30, verbose=0)
