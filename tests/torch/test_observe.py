@@ -387,6 +387,7 @@ def test_a_sampled_step_of_compiled_code_is_measured_and_the_next_one_is_compile
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_model_that_must_be_one_graph_says_why_it_cannot_be_measured() -> None:
+    torch._dynamo.reset()  # other tests' shapes would make this graph's dynamic
     model, precision = gpt("bf16")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with observe(compiled, 3), pytest.raises(Exception, match=r"compile it without fullgraph=True, or close"):
