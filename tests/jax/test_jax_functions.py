@@ -209,6 +209,14 @@ def test_calls_of_one_path_are_told_apart_where_a_rule_asks():
     assert (formats["d:fprop.a"], formats["d#1:fprop.a"]) == ("float32", "float8_e4m3fn")
 
 
+def test_each_branch_counts_its_calls_from_the_start():
+    def branches(p, x):
+        return jax.lax.cond(x.sum() > 0, lambda x: (x @ p["d"]["w"]).sum(), lambda x: (x @ p["d"]["w"]).max(), x)
+
+    rows = mezzo.jax.Precision("fp32; d#0:fprop.a=e4m3").sites(branches, {"d": {"w": W[0]}}, X)
+    assert not [row.site for row in rows if "#" in row.site]
+
+
 def test_what_is_not_covered_is_listed():
     function = lambda p, x: jax.lax.linalg.triangular_solve(p["w"], x, left_side=False, lower=True).sum()  # noqa: E731
     assert [row.route for row in mezzo.jax.Precision("bf16").sites(function, {"w": W[0]}, X)] == ["not covered"]

@@ -139,6 +139,21 @@ def test_batched_products_round_each_batch_and_give_its_gradients():
     np.testing.assert_allclose(db, quantize(a, "tf32").swapaxes(1, 2) @ g, rtol=1e-5, atol=1e-5)
 
 
+def test_an_operand_that_the_weight_gradient_wants_in_another_format_is_rounded_from_the_original():
+    x, w, g = numbers((8, 16), 0), numbers((4, 16), 1), numbers((8, 4), 2)
+    dw = under_jax("fp32; lin:fprop.a=e4m3@tensor; lin:wgrad.b=bfloat16", x, w, g, 0)[2]
+    np.testing.assert_allclose(dw, g.T @ quantize(x, "bfloat16"), rtol=1e-5, atol=1e-5)
+
+
+def test_random_words_of_a_second_operand_that_is_no_weight_follow_its_own_order():
+    a, b = numbers((4, 8), 0), numbers((8, 5), 1)
+    y = mezzo.jax.Precision("fp32; *:fprop.b=e4m3@tensor stochastic", seed=3)
+    state = y.init()._replace(draws=jnp.int32(2))
+    got = y(lambda a, b: a @ b)(jnp.asarray(a), jnp.asarray(b), state=state)
+    rounded = quantize(b, "e4m3@tensor", axis=-2, rounding="stochastic", key=(3, 2, "(model):fprop.b"))
+    np.testing.assert_allclose(got, a @ rounded, rtol=1e-5, atol=1e-5)
+
+
 def test_the_gradient_of_a_16_bit_result_has_16_bits():
     x, w, g = numbers((8, 8), 0), numbers((8, 8), 1), numbers((8, 8), 2)
     dx = under_jax("fp32; lin:fprop.out=bfloat16", x, w, g, 0)[1]
