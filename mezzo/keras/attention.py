@@ -18,17 +18,9 @@ from mezzo.keras.products import enter, leave
 from mezzo.keras.scope import Scope, entered, suspended
 from mezzo.keras.table import SiteSpec, Tensor
 from mezzo.policy import Spec
-from mezzo.policy.roles import check_no_blocks
+from mezzo.policy.roles import SHOWN_RESULT, SHOWN_SCORES, check_no_blocks, explicit_attention
 from mezzo.policy.site import ATTENTION_ROLES
 
-# What the two products of explicit attention are called to those who listen.
-_SHOWN_SCORES = {
-    "fprop.a": "fprop.query", "fprop.b": "fprop.key", "dgrad.out": "dgrad.query", "wgrad.out": "dgrad.key",
-}  # fmt: skip
-_SHOWN_OUT = {
-    "fprop.a": "fprop.probs", "fprop.b": "fprop.value", "fprop.out": "fprop.out", "dgrad.a": "dgrad.dout",
-    "wgrad.out": "dgrad.value",
-}  # fmt: skip
 HEADS_FIRST = (0, 2, 1, 3)  # Keras has (B, T, heads, E), torch (B, heads, T, E)
 
 
@@ -84,24 +76,10 @@ def _heads_first(*tensors: Tensor) -> list[Sequence[int]]:
 
 
 def explicit_specs(spec: SiteSpec) -> list[SiteSpec]:
-    """The two products of explicit attention, their operands' formats taken from attention's own roles.
-
-    Scores stay as the products' accumulator holds them; the gradients of probabilities and scores are rounded like the
-    incoming gradient.
-    """
-    f = spec.specs
+    """The two products of explicit attention, their operands' formats taken from attention's own roles."""
     inner = Spec(FLOAT64 if spec.acc.name == "float64" else FLOAT32)
-    scores = {
-        "fprop.a": f["fprop.query"], "fprop.b": f["fprop.key"], "fprop.out": inner,
-        "dgrad.a": f["dgrad.dout"], "dgrad.b": f["fprop.key"], "dgrad.out": f["dgrad.query"],
-        "wgrad.a": f["dgrad.dout"], "wgrad.b": f["fprop.query"], "wgrad.out": f["dgrad.key"],
-    }  # fmt: skip
-    out = {
-        "fprop.a": f["fprop.probs"], "fprop.b": f["fprop.value"], "fprop.out": f["fprop.out"],
-        "dgrad.a": f["dgrad.dout"], "dgrad.b": f["fprop.value"], "dgrad.out": inner,
-        "wgrad.a": f["dgrad.dout"], "wgrad.b": f["fprop.probs"], "wgrad.out": f["dgrad.value"],
-    }  # fmt: skip
+    scores, out = explicit_attention(spec.specs, inner)
     return [
-        SiteSpec(spec.path, spec.call, scores, spec.rounder, spec.hooks, _SHOWN_SCORES, "scores"),
-        SiteSpec(spec.path, spec.call, out, spec.rounder, spec.hooks, _SHOWN_OUT, "result"),
+        SiteSpec(spec.path, spec.call, scores, spec.rounder, spec.hooks, SHOWN_SCORES, "scores"),
+        SiteSpec(spec.path, spec.call, out, spec.rounder, spec.hooks, SHOWN_RESULT, "result"),
     ]

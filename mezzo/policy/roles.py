@@ -16,6 +16,15 @@ from mezzo.policy.spec import Spec
 WIDE = ("float64", "float32", "tf32", "bfloat16", "float16")
 OUTPUTS = ("fprop.out", "dgrad.out", "wgrad.out", "dgrad.query", "dgrad.key", "dgrad.value")
 
+# What the two products of explicit attention are called to those who listen.
+SHOWN_SCORES = {
+    "fprop.a": "fprop.query", "fprop.b": "fprop.key", "dgrad.out": "dgrad.query", "wgrad.out": "dgrad.key",
+}  # fmt: skip
+SHOWN_RESULT = {
+    "fprop.a": "fprop.probs", "fprop.b": "fprop.value", "fprop.out": "fprop.out", "dgrad.a": "dgrad.dout",
+    "wgrad.out": "dgrad.value",
+}  # fmt: skip
+
 
 def depends_on_axis(fmt: AnyFormat) -> bool:
     """Whether rounding along another axis gives other values; square blocks and tensor scales do not care."""
@@ -90,3 +99,24 @@ def check_same(path: str, specs: Mapping[str, Spec], what: str, roles: Sequence[
     if len(set(names.values())) > 1:
         listed = ", ".join(f"{role}={name}" for role, name in names.items())
         raise ConfigError(f"{path}: {what} keeps one rounded copy for {listed}; give these roles one format")
+
+
+def explicit_attention(found: Mapping[str, Spec], inner: Spec) -> tuple[dict[str, Spec], dict[str, Spec]]:
+    """The nine roles of explicit attention's two products, scores and result, from attention's own roles.
+
+    Scores stay as the products' accumulator holds them; the gradients of probabilities and scores are rounded like the
+    incoming gradient.
+
+    inner    what is not rounded: the accumulator's format
+    """
+    scores = {
+        "fprop.a": found["fprop.query"], "fprop.b": found["fprop.key"], "fprop.out": inner,
+        "dgrad.a": found["dgrad.dout"], "dgrad.b": found["fprop.key"], "dgrad.out": found["dgrad.query"],
+        "wgrad.a": found["dgrad.dout"], "wgrad.b": found["fprop.query"], "wgrad.out": found["dgrad.key"],
+    }  # fmt: skip
+    result = {
+        "fprop.a": found["fprop.probs"], "fprop.b": found["fprop.value"], "fprop.out": found["fprop.out"],
+        "dgrad.a": found["dgrad.dout"], "dgrad.b": found["fprop.value"], "dgrad.out": inner,
+        "wgrad.a": found["dgrad.dout"], "wgrad.b": found["fprop.probs"], "wgrad.out": found["dgrad.value"],
+    }  # fmt: skip
+    return scores, result

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from mezzo.formats import FLOAT32, FLOAT64
 from mezzo.policy import Spec
+from mezzo.policy.roles import SHOWN_RESULT, SHOWN_SCORES, explicit_attention
 from mezzo.torch.products import Enter, Leave, Matmul, float32_kernels
 from mezzo.torch.rounding import carrier
 from mezzo.torch.table import SiteSpec
@@ -28,14 +29,6 @@ _OPERANDS = ("query", "key", "value")
 LOGITS = 1 << 20  # of them held at a time where they are measured
 HIDDEN = -1e4  # what is added to logits so that no weight is left: -inf, or a large number as some models take
 _AXES = (-1, -1, -2)  # what the two products sum over: scores over E, the result over S
-# What the two products of explicit attention are called to those who listen.
-_SHOWN_SCORES = {
-    "fprop.a": "fprop.query", "fprop.b": "fprop.key", "dgrad.out": "dgrad.query", "wgrad.out": "dgrad.key",
-}  # fmt: skip
-_SHOWN_OUT = {
-    "fprop.a": "fprop.probs", "fprop.b": "fprop.value", "fprop.out": "fprop.out", "dgrad.a": "dgrad.dout",
-    "wgrad.out": "dgrad.value",
-}  # fmt: skip
 
 
 def algorithm(spec: SiteSpec, device: torch.device) -> str:
@@ -215,24 +208,10 @@ def _explicit(
 
 
 def _explicit_specs(spec: SiteSpec) -> tuple[SiteSpec, SiteSpec]:
-    """The two products of explicit attention, their operands' formats taken from attention's own roles.
-
-    Scores stay as the products' accumulator holds them; the gradients of probabilities and scores are rounded like the
-    incoming gradient.
-    """
-    f = spec.specs
+    """The two products of explicit attention, their operands' formats taken from attention's own roles."""
     inner = Spec(FLOAT64 if spec.acc is torch.float64 else FLOAT32)
-    scores = {
-        "fprop.a": f["fprop.query"], "fprop.b": f["fprop.key"], "fprop.out": inner,
-        "dgrad.a": f["dgrad.dout"], "dgrad.b": f["fprop.key"], "dgrad.out": f["dgrad.query"],
-        "wgrad.a": f["dgrad.dout"], "wgrad.b": f["fprop.query"], "wgrad.out": f["dgrad.key"],
-    }  # fmt: skip
-    out = {
-        "fprop.a": f["fprop.probs"], "fprop.b": f["fprop.value"], "fprop.out": f["fprop.out"],
-        "dgrad.a": f["dgrad.dout"], "dgrad.b": f["fprop.value"], "dgrad.out": inner,
-        "wgrad.a": f["dgrad.dout"], "wgrad.b": f["fprop.probs"], "wgrad.out": f["dgrad.value"],
-    }  # fmt: skip
+    scores, out = explicit_attention(spec.specs, inner)
     return (
-        SiteSpec(spec.path, spec.call, scores, spec.native, spec.hooks, spec.scales, _SHOWN_SCORES, "scores"),
-        SiteSpec(spec.path, spec.call, out, spec.native, spec.hooks, spec.scales, _SHOWN_OUT, "result"),
+        SiteSpec(spec.path, spec.call, scores, spec.native, spec.hooks, spec.scales, SHOWN_SCORES, "scores"),
+        SiteSpec(spec.path, spec.call, out, spec.native, spec.hooks, spec.scales, SHOWN_RESULT, "result"),
     )
