@@ -14,11 +14,11 @@ from torch import Tensor
 from mezzo.observe.incidents import LISTED_STEPS, MOST, Incident, Incidents, Record, Watch
 from mezzo.observe.records import TEXT, Training, told
 from mezzo.policy import Policy
+from mezzo.policy.roles import SCALED
 from mezzo.policy.sample import Measured, Sample, ranked
 from mezzo.policy.site import Site
 from mezzo.torch import Observer, Precision, Step
 from mezzo.torch.observer import EVERY, Collector
-from mezzo.torch.suppose import SCALED
 from mezzo.torch.switch import undisturbed
 
 LOG = "sites.jsonl"

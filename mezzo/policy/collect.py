@@ -11,15 +11,13 @@ import numpy as np
 from mezzo.formats import FLOAT32, hadamard, quantize
 from mezzo.formats.measure import Measure, measure
 from mezzo.policy.policy import Policy, find
-from mezzo.policy.roles import OUTPUTS, WIDE
+from mezzo.policy.roles import SCALED, WIDE
 from mezzo.policy.rule import Rule
 from mezzo.policy.sample import Measured, Sample
-from mezzo.policy.site import SHORTHANDS, Site
+from mezzo.policy.site import Site
 from mezzo.policy.spec import Spec
 
 Array = np.ndarray[Any, Any]
-# The roles whose tensors carry the loss scale.
-SCALED = (*SHORTHANDS["grad_output"], *(role for role in OUTPUTS if not role.startswith("fprop")))
 
 
 @dataclass

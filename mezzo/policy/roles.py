@@ -9,13 +9,15 @@ from mezzo.formats import FLOAT32, AnyFormat, ScaledFormat
 from mezzo.formats.spec import E8M0
 from mezzo.policy.policy import find
 from mezzo.policy.rule import Rule
-from mezzo.policy.site import Site
+from mezzo.policy.site import SHORTHANDS, Site
 from mezzo.policy.spec import Spec
 
 # Formats that tensors live in: they overflow to infinity. The others are for operands only, and saturate.
 WIDE = ("float64", "float32", "tf32", "bfloat16", "float16")
 OUTPUTS = ("fprop.out", "dgrad.out", "wgrad.out", "dgrad.query", "dgrad.key", "dgrad.value")
 
+# The roles whose tensors carry the loss scale.
+SCALED = (*SHORTHANDS["grad_output"], *(role for role in OUTPUTS if not role.startswith("fprop")))
 # What the two products of explicit attention are called to those who listen.
 SHOWN_SCORES = {
     "fprop.a": "fprop.query", "fprop.b": "fprop.key", "dgrad.out": "dgrad.query", "wgrad.out": "dgrad.key",

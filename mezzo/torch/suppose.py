@@ -11,17 +11,15 @@ from mezzo.errors import ConfigError
 from mezzo.formats import BFLOAT16, FLOAT16, FLOAT32, AnyFormat, ScaledFormat
 from mezzo.policy import Policy, Spec
 from mezzo.policy.policy import find
-from mezzo.policy.roles import OUTPUTS
+from mezzo.policy.roles import SCALED
 from mezzo.policy.scale import initial
-from mezzo.policy.site import ROOT, SHORTHANDS
+from mezzo.policy.site import ROOT
 from mezzo.torch.measure import Taken, take
 from mezzo.torch.table import SiteEvent, round_to, turned
 
 if TYPE_CHECKING:
     from mezzo.torch.precision import Precision
 
-# The roles whose tensors carry the loss scale.
-SCALED = (*SHORTHANDS["grad_output"], *(role for role in OUTPUTS if not role.startswith("fprop")))
 # Bits of the fraction of what a tensor may arrive in.
 NARROW = {torch.bfloat16: BFLOAT16.mantissa_bits, torch.float16: FLOAT16.mantissa_bits}
 
